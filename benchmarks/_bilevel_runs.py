@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from hyperopt_torch import Curvature, Hessian
+from hyperopt_torch import Curvature, Hessian, PerSample
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class Setting:
         curvature: what stands for H.
         outer_lr: of Adam on the sample weights; sets the drift.
         inner_steps: between two outer steps; ``inner_lr``, momentum 0.9, full batch.
+        batch: samples of the curvature that strategies see, drawn anew at every outer step; 0: all.
+        batch_damping: ρ of the strategies then, larger for the noise in the curvature.
     """
 
     name: str
@@ -41,6 +43,8 @@ class Setting:
     outer_lr: float = 0.01
     inner_lr: float = 0.5
     inner_steps: int = 20
+    batch: int = 0
+    batch_damping: float = 0.0
 
 
 class Cleaning:
@@ -59,15 +63,13 @@ class Cleaning:
         self.y[wrong] = (self.y[wrong] + shift) % 10
         self.model = _model(x.shape[1], setting.hidden, seed).to(dtype)
         self.weights = nn.Parameter(torch.zeros(n, dtype=dtype))
+        self.generator = g  # of the batches, from here on
 
-    def train_loss(self) -> tuple[Tensor, Tensor]:
-        outputs = self.model(self.x)
-        losses = F.cross_entropy(outputs, self.y, reduction="none")
-        loss = (self.weights.sigmoid() * losses).mean()
-        if self.setting.penalty:
-            penalty = sum(p.square().sum() for p in self.model.parameters())
-            loss = loss + self.setting.penalty * penalty
-        return loss, outputs
+    def train_loss(self, chosen: Tensor | slice = slice(None)) -> tuple[PerSample, Tensor]:
+        outputs = self.model(self.x[chosen])
+        losses = F.cross_entropy(outputs, self.y[chosen], reduction="none")
+        penalty = sum(p.square().sum() for p in self.model.parameters()) * self.setting.penalty
+        return PerSample(losses, self.weights[chosen].sigmoid(), penalty), outputs
 
     def val_loss(self) -> Tensor:
         return F.cross_entropy(self.model(self.xv), self.yv)

@@ -41,6 +41,7 @@ from hyperopt_torch import (
     Neumann,
     Nystrom,
     NystromPCG,
+    PerSample,
     RecycledCG,
     SubBiO,
 )
@@ -53,8 +54,11 @@ STRATEGIES: dict[str, tuple[Callable[[], IHVP], Callable[[], Curvature]]] = {
     "recycled-cg": (lambda: RecycledCG(damping=0.03), GaussNewton),
     "nystrom-pcg": (lambda: NystromPCG(damping=0.03), GaussNewton),
     "lancbio": (lambda: LancBiO(damping=0.03), GaussNewton),
-    "subbio": (lambda: SubBiO(0.1, damping=0.03), GaussNewton),
-    "nhgd": (lambda: NHGD(rows="batch_centred", rescale=True), Hessian),
+    "subbio": (lambda: SubBiO(1.0, damping=0.03), GaussNewton),
+    "nhgd": (
+        lambda: NHGD(512, rows="per_sample", samples=32, min_damping=0.03, rescale=True),
+        Hessian,
+    ),
     "identity": (Identity, Hessian),
 }
 
@@ -149,10 +153,11 @@ def train_with_cleaning(
     model = network(s, split.x.shape[1], seed)
     phi = nn.Parameter(torch.zeros(len(split.x)))
 
-    def train_loss() -> tuple[Tensor, Tensor]:
-        outputs = model(split.x)  # returned for the Gauss-Newton matrix; the loss alone would do
+    def train_loss() -> tuple[PerSample, Tensor]:
+        # The mean of weights · losses would do; its parts serve NHGD, the outputs Gauss-Newton.
+        outputs = model(split.x)
         losses = F.cross_entropy(outputs, split.labels, reduction="none")
-        return (phi.sigmoid() * losses).mean(), outputs
+        return PerSample(losses, weights=phi.sigmoid()), outputs
 
     # The bilevel lines: wrap both optimizers, then inner_step and outer_step.
     ihvp, curvature = (make() for make in STRATEGIES[s.strategy])
