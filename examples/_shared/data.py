@@ -22,13 +22,16 @@ class Images:
     name: str
 
 
-def load_images(source: Source, root: Path | None = None, download: bool = False) -> Images:
-    """The training images of a set.
+def load_images(
+    source: Source, root: Path | None = None, download: bool = False, train: bool = True
+) -> Images:
+    """The training images of a set, or its test images.
 
     Args:
         source: "digits" comes with scikit-learn; "mnist" and "fashion" through torchvision.
         root: torchvision's data folder, needed for the latter two.
         download: fetch the set if it is not there.
+        train: whether the training part is wanted; "digits" has none and is given whole.
     """
     if source == "digits":
         from sklearn.datasets import load_digits
@@ -44,10 +47,25 @@ def load_images(source: Source, root: Path | None = None, download: bool = False
         raise SystemExit(f"--data {source} needs torchvision: pip install torchvision") from error
     kind = {"mnist": MNIST, "fashion": FashionMNIST}[source]
     try:
-        data = kind(str(root), train=True, download=download)
+        data = kind(str(root), train=train, download=download)
     except RuntimeError as error:
         raise SystemExit(f"{error} Pass --download, or another --data-root.") from error
     return Images(data.data.flatten(1).float() / 255, data.targets, 28, f"{kind.__name__}, 28x28")
+
+
+def load_train_test(
+    source: Source, root: Path | None = None, download: bool = False
+) -> tuple[Images, Images]:
+    """Training and test images: the set's own split; of "digits" every fifth image is for tests."""
+    whole = load_images(source, root, download)
+    if source != "digits":
+        return whole, load_images(source, root, download, train=False)
+    tested = torch.arange(len(whole.y)) % 5 == 4
+    train, test = (
+        Images(whole.x[chosen], whole.y[chosen], whole.width, whole.name)
+        for chosen in (~tested, tested)
+    )
+    return train, test
 
 
 @dataclass(frozen=True)

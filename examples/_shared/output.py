@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,16 @@ def save_figure(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, bbox_inches="tight")
     print(f"figure: {path}")
+
+
+def save_rows(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Writes a CSV file, making its folder, and says where it is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(rows)
+    print(f"table: {path}")
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
