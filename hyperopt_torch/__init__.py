@@ -4,7 +4,8 @@ from . import functional
 from ._closure import PerSample
 from .bilevel import BilevelOptimizer
 from .curvature import Curvature, GaussNewton, Hessian
-from .estimators import HypergradientEstimator, ImplicitDifferentiation
+from .estimators import PZOBO, HypergradientEstimator, ImplicitDifferentiation, Unrolled
+from .hyperparameters import learn_hyperparameter
 from .ihvp import (
     CG,
     IHVP,
@@ -31,6 +32,7 @@ __all__ = [
     "CG",
     "IHVP",
     "NHGD",
+    "PZOBO",
     "BilevelOptimizer",
     "ConjugateGradient",
     "Curvature",
@@ -52,5 +54,7 @@ __all__ = [
     "Solution",
     "SolveReport",
     "SubBiO",
+    "Unrolled",
     "functional",
+    "learn_hyperparameter",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +28,68 @@ def without_side_effects(device: torch.device) -> Iterator[None]:
         yield
 
 
+RandomState = tuple[Tensor, ...]  # of the CPU's stream, and of the device's where it has its own
+
+
+def random_state(device: torch.device) -> RandomState:
+    """The random streams that code on ``device`` draws from."""
+    cpu = torch.get_rng_state()
+    if device.type in ("cpu", "meta"):
+        return (cpu,)
+    return cpu, getattr(torch, device.type).get_rng_state(device)
+
+
+def set_random_state(device: torch.device, state: RandomState) -> None:
+    """Takes the streams back to where :func:`random_state` saw them."""
+    torch.set_rng_state(state[0])
+    if len(state) > 1:
+        getattr(torch, device.type).set_rng_state(state[1], device)
+
+
+class BufferCopy(NamedTuple):
+    """A buffer's value at one time, and what tells whether it has changed since."""
+
+    value: Tensor
+    source: Tensor
+    version: int
+
+
+Buffers = dict[nn.Module, dict[str, BufferCopy]]  # of each module, by name
+
+
 @contextmanager
-def preserved_buffers() -> Iterator[None]:
+def recorded_buffers(last: Buffers) -> Iterator[Buffers]:
+    """What the buffers of all modules that are called inside held before.
+
+    A buffer that has not changed since ``last`` was recorded shares its copy.
+    """
+    found: Buffers = {}
+
+    def enter(module: nn.Module, _: Any) -> None:
+        for part in module.modules():
+            if part in found:
+                continue
+            found[part] = {}
+            for name, buffer in part._buffers.items():
+                if buffer is None:
+                    continue
+                copy = last.get(part, {}).get(name)
+                if copy is None or copy.source is not buffer or copy.version != buffer._version:
+                    copy = BufferCopy(buffer.detach().clone(), buffer, buffer._version)
+                found[part][name] = copy
+
+    handle = register_module_forward_pre_hook(enter)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def preserved_buffers(values: Buffers | None = None) -> Iterator[None]:
     """Modules called inside work on stand-ins for their buffers, and get their own back.
+
+    The stand-ins start at ``values`` where these know a buffer, and at its own value otherwise.
 
     Global forward hooks find the modules, so nobody has to name them: an outermost call swaps in
     clones for its whole tree, and its end swaps the original tensor *objects* back. Copying values
@@ -56,7 +115,9 @@ def preserved_buffers() -> Iterator[None]:
             for name, buffer in found.items():
                 if buffer is not None:
                     if id(buffer) not in stand_ins:
-                        stand_ins[id(buffer)] = (buffer, buffer.clone())
+                        known = (values or {}).get(part, {}).get(name)
+                        start = buffer if known is None else known.value
+                        stand_ins[id(buffer)] = (buffer, start.clone())
                     part._buffers[name] = stand_ins[id(buffer)][1]
 
     def leave(module: nn.Module, *_: Any) -> None:

@@ -107,3 +107,22 @@ def seeded_generator(seed: int, device: torch.device) -> torch.Generator:
     """A torch generator on ``device`` that starts at ``seed``; on the CPU for the meta device."""
     where = torch.device("cpu") if device.type == "meta" else device
     return torch.Generator(where).manual_seed(seed % (1 << 63))
+
+
+def draw_seed(generator: torch.Generator | None) -> int:
+    """One seed: from ``generator`` if given, otherwise the one of ``torch.manual_seed``.
+
+    Neither way moves torch's global random stream.
+
+    Raises:
+        TypeError: ``generator`` is no ``torch.Generator``.
+    """
+    if generator is None:
+        return torch.initial_seed()
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"generator must be a torch.Generator, got {generator!r}; for a seed pass "
+            "torch.Generator().manual_seed(seed)."
+        )
+    draw = torch.randint(1 << 62, (), generator=generator, device=generator.device)
+    return int(draw)

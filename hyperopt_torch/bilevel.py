@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from . import hyperparameters
 from ._closure import TrainLoss, evaluate
 from ._guards import without_side_effects
 from .curvature import Curvature
 from .estimators import BilevelProblem, HypergradientEstimator, ImplicitDifferentiation
-from .estimators.base import parameters_of
+from .estimators.base import needs_closure, parameters_of
 from .ihvp import IHVP, Nystrom
 from .report import SolveReport
 
@@ -66,7 +67,7 @@ class BilevelOptimizer:
                     f"{name} must be a torch.optim.Optimizer; got {type(optimizer).__name__}. Pass "
                     "for example torch.optim.SGD(model.parameters(), lr=0.1)."
                 )
-        if _needs_closure(outer):
+        if needs_closure(outer):
             raise ValueError(
                 f"{type(outer).__name__} cannot be the outer optimizer: it evaluates its loss "
                 "several times a step, and each evaluation would be a whole bilevel solve. Use "
@@ -89,10 +90,10 @@ class BilevelOptimizer:
             Nystrom() if ihvp is None else ihvp, curvature
         )
         self.grad_scaler = grad_scaler
-        self._inner_needs_closure = _needs_closure(inner)
+        self._inner_needs_closure = needs_closure(inner)
         self._closure: TrainLoss | None = None
         self._steps = {"inner": 0, "outer": 0}
-        BilevelProblem(inner, outer)  # its checks, before the first step
+        self.estimator.check(BilevelProblem(inner, outer))  # both check, before the first step
 
     def inner_step(self, train_loss: TrainLoss) -> Tensor:
         """One step of the inner optimizer, bit for bit the plain ``zero_grad, backward, step``.
@@ -122,7 +123,8 @@ class BilevelOptimizer:
     def _backward(self, problem: BilevelProblem, train_loss: TrainLoss, observed: bool) -> Tensor:
         self.inner.zero_grad()
         clear = all(p.grad is None for p in problem.inner_parameters)
-        evaluation = evaluate(train_loss)
+        with self.estimator.recording(problem) if observed else nullcontext():
+            evaluation = evaluate(train_loss)
         if clear and any(p.grad is not None for p in problem.inner_parameters):
             raise RuntimeError(
                 "The training closure called backward() itself; it must only compute and return "
@@ -141,11 +143,12 @@ class BilevelOptimizer:
         return loss.detach()
 
     def _step_inner(self) -> None:
-        if self.grad_scaler is None:
-            self.inner.step()
-        else:
-            self.grad_scaler.step(self.inner)
-            self.grad_scaler.update()
+        with hyperparameters.plain(self.inner):
+            if self.grad_scaler is None:
+                self.inner.step()
+            else:
+                self.grad_scaler.step(self.inner)
+                self.grad_scaler.update()
 
     def _closure_step(self, problem: BilevelProblem, train_loss: TrainLoss) -> Tensor:
         """For optimizers such as LBFGS, which evaluate the loss as often as they like."""
@@ -162,8 +165,45 @@ class BilevelOptimizer:
             first = False
             return loss
 
-        loss: Tensor = self.inner.step(evaluation)  # type: ignore[arg-type, assignment]
+        with hyperparameters.plain(self.inner):
+            loss: Tensor = self.inner.step(evaluation)  # type: ignore[arg-type, assignment]
         return loss.detach()
+
+    def start_from(self, initial: Iterable[Tensor]) -> None:
+        """Starts a new inner problem at the given outer parameters: θ ← φ, as in MAML.
+
+        Args:
+            initial: outer parameters, one for each inner parameter, of the same shape, in the order
+                of the inner optimizer; such as ``meta_model.parameters()``.
+
+        The inner optimizer's state is cleared. ``Unrolled`` and ``PZOBO`` let the hypergradient
+        flow to the starting point; implicit differentiation knows only what enters the training
+        loss, such as a proximal term (iMAML).
+
+        Raises:
+            ValueError: the tensors are not in the outer optimizer, or do not fit.
+        """
+        initial = list(initial)
+        problem = BilevelProblem(self.inner, self.outer)
+        shapes = [tuple(p.shape) for p in problem.inner_parameters]
+        if [tuple(t.shape) for t in initial] != shapes:
+            raise ValueError(
+                f"start_from needs one tensor for each of the {len(shapes)} trainable inner "
+                f"parameters, of the same shape and in the same order; got {len(initial)}: "
+                f"{[tuple(t.shape) for t in initial]} for {shapes}."
+            )
+        outer = {id(p) for p in problem.outer_parameters}
+        if any(id(t) not in outer for t in initial):
+            raise ValueError(
+                "start_from needs parameters of the outer optimizer: there is a tensor that is not "
+                "in it. To start from a constant, copy it into the model and call reset()."
+            )
+        with torch.no_grad():
+            for p, t in zip(problem.inner_parameters, initial, strict=True):
+                p.copy_(t)
+        self.inner.state.clear()
+        self._closure = None
+        self.estimator.begin(initial)
 
     def outer_step(self, val_loss: Tensor, train_loss: TrainLoss | None = None) -> Tensor:
         """One step of the outer optimizer along the hypergradient of ``val_loss``.
@@ -258,8 +298,11 @@ class BilevelOptimizer:
         """Restores what :meth:`state_dict` gave; the run then continues bit for bit."""
         self.estimator.load_state_dict(state_dict["estimator"])  # first: it may refuse
         # torch's optimizers share tensors with what they load, and would move a checkpoint.
+        learned = [dict(group) for group in self.inner.param_groups]
         self.inner.load_state_dict(copy.deepcopy(state_dict["inner"]))
+        hyperparameters.relink(self.inner.param_groups, learned)
         self.outer.load_state_dict(copy.deepcopy(state_dict["outer"]))
+        self.estimator.restart()
         self._steps = dict(state_dict["steps"])
         self._closure = None
 
@@ -268,9 +311,3 @@ class BilevelOptimizer:
             f"{type(self).__name__}(inner={type(self.inner).__name__}, "
             f"outer={type(self.outer).__name__}, estimator={self.estimator!r})"
         )
-
-
-def _needs_closure(optimizer: Optimizer) -> bool:
-    """Whether ``step`` has a closure argument without a default, as LBFGS."""
-    parameter = inspect.signature(type(optimizer).step).parameters.get("closure")
-    return parameter is not None and parameter.default is inspect.Parameter.empty

@@ -141,6 +141,8 @@ class InnerGradient:
 
     Attributes:
         output_tensors: the tensors among ``outputs`` that carry a graph, each once.
+        gradient: (n,) ∇f, without its graph.
+        used: for each inner parameter, whether f depends on it.
         carriers: those through which θ acts on f, the constant ∂f/∂o of a linear f apart.
 
     Raises:
@@ -170,6 +172,7 @@ class InnerGradient:
                 "optimizer hold the parameters of the model that the closure calls?"
             )
         self.gradient = self.layout.flatten(grads).detach()  # (n,)
+        self.used = [g is not None for g in grads]
         # Where ∇f does not depend on anything (a linear loss), its derivatives are zero.
         self._live = [i for i, g in enumerate(grads) if g is not None and g.requires_grad]
         self._grads = [grads[i] for i in self._live]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
 
+_GROWTH = 100.0
+
 
 @dataclass(frozen=True)
 class SolveReport:
-    """The record of one solve of (H + ρI) x = b.
+    """The record of one hypergradient: a solve of (H + ρI) x = b, or inner steps taken again.
 
     Numbers that live on the device stay 0-d tensors until somebody reads them: making a report
     never waits for the device; printing it, or calling :meth:`trouble`, does.
@@ -27,25 +30,32 @@ class SolveReport:
         rank: number of directions that a low-rank strategy kept.
         negative_curvature: whether the solve met a direction of nonpositive curvature.
         converged: whether the strategy met its own tolerance; None where it has none.
+        gradients: inner gradients beyond those of the training itself, where inner steps are taken
+            again.
+        growth: ‖adjoint at the first inner step‖ / ‖b‖, of reverse mode through inner steps.
+        astray: inner steps after which the parameters were not where the optimizer had put them.
         notes: remarks in words, such as a clamped rank.
     """
 
     strategy: str
     matvecs: int
     rhs_norm: Tensor
-    solution_norm: Tensor
+    solution_norm: Tensor | None = None
     inner_gradient_norm: Tensor | None = None
     residual: Tensor | None = None
     rank: Tensor | int | None = None
     negative_curvature: Tensor | bool | None = None
     converged: Tensor | bool | None = None
+    gradients: int | None = None
+    growth: Tensor | None = None
+    astray: Tensor | None = None
     notes: tuple[str, ...] = ()
 
     def trouble(self) -> list[str]:
         """What a user should look at before trusting the hypergradient; [] if nothing."""
         found = []
-        solution_norm = float(self.solution_norm)
-        if solution_norm != solution_norm or solution_norm == float("inf"):
+        sizes = [float(x) for x in (self.solution_norm, self.growth) if x is not None]
+        if not all(map(math.isfinite, sizes)):
             found.append("the solution is not finite")
         if self.negative_curvature is not None and bool(self.negative_curvature):
             found.append(
@@ -56,6 +66,16 @@ class SolveReport:
             found.append(
                 f"residual {float(self.residual):.2g} > 1: further from solving the system than "
                 "x = 0; raise damping, rank or max_iter"
+            )
+        if self.growth is not None and float(self.growth) > _GROWTH:
+            found.append(
+                f"the adjoint grew {float(self.growth):.2g} times over the inner steps: the inner "
+                "loop is unstable; lower its learning rate or use a shorter window"
+            )
+        if self.astray is not None and int(self.astray):
+            found.append(
+                f"after {int(self.astray)} inner step(s) the parameters were not where the "
+                "optimizer had put them (a projection, a skipped step?): that is not differentiated"
             )
         return found
 

@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "hyperopt_torch"
 # A module may import from groups below its own.
 LAYERS = [
     {"_tensors", "errors", "report", "_guards", "_closure"},
+    {"hyperparameters"},
     {"operators"},
     {"curvature", "ihvp"},
     {"estimators"},

@@ -2,5 +2,13 @@
 
 from .base import BilevelProblem, HypergradientEstimator
 from .implicit import ImplicitDifferentiation
+from .pzobo import PZOBO
+from .unrolled import Unrolled
 
-__all__ = ["BilevelProblem", "HypergradientEstimator", "ImplicitDifferentiation"]
+__all__ = [
+    "PZOBO",
+    "BilevelProblem",
+    "HypergradientEstimator",
+    "ImplicitDifferentiation",
+    "Unrolled",
+]

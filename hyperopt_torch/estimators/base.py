@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +23,12 @@ from ..report import SolveReport
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:
     """All parameters of an optimizer, group by group."""
     return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def needs_closure(optimizer: Optimizer) -> bool:
+    """Whether ``step`` has a closure argument without a default, as LBFGS."""
+    parameter = inspect.signature(type(optimizer).step).parameters.get("closure")
+    return parameter is not None and parameter.default is inspect.Parameter.empty
 
 
 @dataclass
@@ -147,6 +155,32 @@ def check_outer_loss(loss: Any) -> None:
         )
 
 
+def combined(
+    direct: Sequence[Tensor | None],
+    indirect: Sequence[Tensor],
+    reached: Sequence[bool],
+    if_none: str,
+) -> list[Tensor | None]:
+    """The direct term plus the indirect one, per outer parameter; None where neither exists.
+
+    Args:
+        reached: whether the indirect term exists.
+        if_none: a warning for when it exists for no parameter at all.
+    """
+    if not any(reached):
+        if all(c is None for c in direct):
+            raise RuntimeError(
+                "No outer parameter has any influence: neither the training loss nor the "
+                "validation loss depends on them. Does the training closure use the parameters in "
+                "the outer optimizer?"
+            )
+        warnings.warn(if_none, stacklevel=5)
+    return [
+        c if not exists else part if c is None else c + part
+        for c, part, exists in zip(direct, indirect, reached, strict=True)
+    ]
+
+
 class HypergradientEstimator(ABC):
     """From an outer loss to dg/dφ: the seam between implicit and trajectory methods.
 
@@ -158,6 +192,13 @@ class HypergradientEstimator(ABC):
     """
 
     report: SolveReport | None = None
+
+    def check(self, problem: BilevelProblem) -> None:
+        """Raises where the estimator cannot serve this problem; called before the first step."""
+
+    def recording(self, problem: BilevelProblem) -> AbstractContextManager[None]:
+        """Around the evaluation of the training loss in each inner step that is observed."""
+        return nullcontext()
 
     def before_backward(self, problem: BilevelProblem, evaluation: Evaluation) -> None:
         """Called at each inner step that is observed, the graph of the loss still alive.
@@ -179,6 +220,9 @@ class HypergradientEstimator(ABC):
     @abstractmethod
     def estimate(self, problem: BilevelProblem, outer_loss: Tensor) -> list[Tensor | None]:
         """dg/dφ for each of ``problem.outer_parameters``; None where nothing reaches it."""
+
+    def begin(self, initial: Sequence[Tensor]) -> None:
+        """Called when the inner parameters were started from these outer ones, one for each."""
 
     def restart(self) -> None:
         """Called after each outer step: a new stretch of inner steps begins."""

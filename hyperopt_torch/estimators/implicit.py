@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -16,11 +15,12 @@ from .._closure import Evaluation
 from .._guards import without_side_effects
 from .._tensors import FlatLayout, inner_product
 from ..curvature import Curvature, Hessian
+from ..hyperparameters import learned
 from ..ihvp import IHVP, Solution
 from ..ihvp.base import InnerStep
 from ..operators import InnerGradient, LinearOperator
 from ..report import SolveReport
-from .base import BilevelProblem, HypergradientEstimator
+from .base import BilevelProblem, HypergradientEstimator, combined
 
 _BATCHED_ON_CPU = 4096  # parameters; from there on batching rows saves nothing there (measured)
 _JUMP = 0.5  # a move of θ larger than half of its norm is a replacement, not a step
@@ -56,6 +56,9 @@ class ImplicitDifferentiation(HypergradientEstimator):
     def observes(self) -> bool:
         return self.ihvp.observes
 
+    def check(self, problem: BilevelProblem) -> None:
+        _check_no_hyperparameter(problem)
+
     def before_backward(self, problem: BilevelProblem, evaluation: Evaluation) -> None:
         parameters, losses = problem.inner_parameters, evaluation.per_sample
         layout = FlatLayout(parameters)
@@ -81,6 +84,7 @@ class ImplicitDifferentiation(HypergradientEstimator):
             self.ihvp.observe(step)
 
     def estimate(self, problem: BilevelProblem, outer_loss: Tensor) -> list[Tensor | None]:
+        self.check(problem)
         # b and c first: evaluating the closure may bump versions that the outer graph has saved.
         b_parts, direct = problem.outer_gradients(outer_loss)
         evaluation = problem.evaluate_train_loss()
@@ -101,7 +105,15 @@ class ImplicitDifferentiation(HypergradientEstimator):
         with torch.no_grad():
             solution, cross = self._solve(operator, b)
         self.report = self._report(solution, operator, b, inner_gradient)
-        return _subtract(direct, cross, inner_gradient)
+        parts = inner_gradient.outer_layout.unflatten(-cross)
+        return combined(
+            direct,
+            parts,
+            inner_gradient.reached,
+            "The training loss depends on none of the outer parameters, so the hypergradient is "
+            "the direct term ∂g/∂φ alone. Implicit differentiation cannot tune what does not enter "
+            "the training loss.",
+        )
 
     def _notice_jump(self, theta: Tensor) -> None:
         """Resets a strategy that follows a path where θ was replaced under it: one sync."""
@@ -204,30 +216,12 @@ def _relative(operator: LinearOperator, r: Tensor, b: Tensor) -> Tensor:
     return (operator.inner(r, r) / torch.where(bb > 0, bb, 1.0)).sqrt()
 
 
-def _subtract(
-    direct: Sequence[Tensor | None], cross: Tensor, gradient: InnerGradient
-) -> list[Tensor | None]:
-    """c - Jᵀx per outer parameter; None where neither exists."""
-    reached = gradient.reached
-    if not any(reached):
-        if all(c is None for c in direct):
-            raise RuntimeError(
-                "No outer parameter has any influence: neither the training loss nor the "
-                "validation loss depends on them. Does the training closure use the parameters in "
-                "the outer optimizer?"
-            )
-        warnings.warn(
-            "The training loss depends on none of the outer parameters, so the hypergradient is "
-            "the direct term ∂g/∂φ alone. Implicit differentiation cannot tune what does not enter "
-            "the training loss.",
-            stacklevel=5,
+def _check_no_hyperparameter(problem: BilevelProblem) -> None:
+    tuned = {id(t) for t in problem.outer_parameters} & {id(t) for t in learned(problem.inner)}
+    if tuned:
+        raise ValueError(
+            f"{len(tuned)} outer parameter(s) are hyperparameters of the inner optimizer, such as "
+            "a learning rate. Implicit differentiation cannot tune them: the optimum of the "
+            "training loss does not depend on how it was reached. Use estimator=Unrolled() or "
+            "estimator=PZOBO(), which look at the inner steps themselves."
         )
-    hypergradient: list[Tensor | None] = []
-    for c, product, known in zip(
-        direct, gradient.outer_layout.unflatten(cross), reached, strict=True
-    ):
-        if not known:
-            hypergradient.append(c)
-        else:
-            hypergradient.append(-product if c is None else c - product)
-    return hypergradient

@@ -227,22 +227,3 @@ def _cloned(state: Mapping[str, Any]) -> dict[str, Any]:
         name: value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
         for name, value in state.items()
     }
-
-
-def draw_seed(generator: torch.Generator | None) -> int:
-    """One seed: from ``generator`` if given, otherwise the one of ``torch.manual_seed``.
-
-    Neither way moves torch's global random stream.
-
-    Raises:
-        TypeError: ``generator`` is no ``torch.Generator``.
-    """
-    if generator is None:
-        return torch.initial_seed()
-    if not isinstance(generator, torch.Generator):
-        raise TypeError(
-            f"generator must be a torch.Generator, got {generator!r}; for a seed pass "
-            "torch.Generator().manual_seed(seed)."
-        )
-    draw = torch.randint(1 << 62, (), generator=generator, device=generator.device)
-    return int(draw)

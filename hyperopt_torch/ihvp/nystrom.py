@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._tensors import seeded_generator, seeded_rng, wide_dtype
+from .._tensors import draw_seed, seeded_generator, seeded_rng, wide_dtype
 from ..errors import check_choice, check_count, check_number
 from ..operators import LinearOperator
-from .base import IHVP, Solution, draw_seed, rescaled
+from .base import IHVP, Solution, rescaled
 
 _CUT_INDEFINITE = 1e-2  # of the core's spectrum, where it has negative eigenvalues too
 _CUT_PIVOT = 1e-10  # of the sketch's own Gram matrix

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._tensors import seeded_generator, seeded_rng
+from .._tensors import draw_seed, seeded_generator, seeded_rng
 from ..errors import check_count, check_number
 from ..operators import Damped, LinearOperator
 from ._descent import begin, descend
-from .base import IHVP, Preconditioner, Solution, draw_seed
+from .base import IHVP, Preconditioner, Solution
 
 _CUT_INDEFINITE = 1e-2
 _SLOW = 0.5  # residuals should fall at least by this factor a step,
