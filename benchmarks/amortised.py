@@ -72,6 +72,7 @@ def strategies(setting: Setting) -> dict[str, IHVP]:
         "NystromPCG 1": NystromPCG(20, max_iter=1, tol=0.0, damping=rho),
         "NystromPCG 2": NystromPCG(20, max_iter=2, tol=0.0, damping=rho),
         "RecycledCG 2": RecycledCG(max_iter=2, damping=rho),
+        "RecycledCG 2, window 20": RecycledCG(20, max_iter=2, damping=rho),
         "RecycledCG 4": RecycledCG(max_iter=4, damping=rho),
         "RecycledCG tol .01": RecycledCG(tol=0.01, damping=rho),
     }

@@ -17,7 +17,7 @@ from ._guards import without_side_effects
 from .curvature import Curvature
 from .estimators import BilevelProblem, HypergradientEstimator, ImplicitDifferentiation
 from .estimators.base import needs_closure, parameters_of
-from .ihvp import IHVP, Nystrom
+from .ihvp import IHVP, RecycledCG
 from .report import SolveReport
 
 
@@ -28,7 +28,9 @@ class BilevelOptimizer:
         inner: the optimizer of the model's parameters θ.
         outer: the optimizer of the parameters φ that the validation loss shall choose.
         ihvp: the strategy for (H + ρI)⁻¹ b; short for ``ImplicitDifferentiation(ihvp)``.
-        estimator: how hypergradients are made; give this or ``ihvp``. Default: ``Nystrom()``.
+        estimator: how hypergradients are made; give this or ``ihvp``. Without both it is
+            ``ImplicitDifferentiation(RecycledCG(window=20))``: three products a step and 44 vectors
+            of the size of the inner parameters.
         curvature: what stands for the inner Hessian; goes with ``ihvp``. Default: ``Hessian()``.
         grad_scaler: a ``torch.amp.GradScaler`` for the inner step, which is then scaled, unscaled,
             stepped and updated through it. Hypergradients are not scaled.
@@ -87,7 +89,7 @@ class BilevelOptimizer:
             raise TypeError(f"grad_scaler must be a torch.amp.GradScaler; got {grad_scaler!r}.")
         self.inner, self.outer = inner, outer
         self.estimator = estimator or ImplicitDifferentiation(
-            Nystrom() if ihvp is None else ihvp, curvature
+            RecycledCG(window=20) if ihvp is None else ihvp, curvature
         )
         self.grad_scaler = grad_scaler
         self._inner_needs_closure = needs_closure(inner)
