@@ -16,7 +16,6 @@ in turn):
 from __future__ import annotations
 
 import argparse
-import resource
 import statistics
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from torch import Tensor
 
 from hyperopt_torch import IHVP, BilevelOptimizer, ConjugateGradient, Nystrom
 
+from ._memory import resident
 from ._models import wide_resnet_problem
 
 
@@ -150,7 +150,7 @@ def print_own_peak(rank: int, chunk_size: int | None) -> None:
         torch.optim.SGD([weights], lr=0.0),
         ihvp=Nystrom(rank, chunk_size=chunk_size),
     ).outer_step(val_loss(), train_loss)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)  # KiB on Linux
+    print(resident("VmHWM") / 2**20)
 
 
 def main() -> None:

@@ -55,15 +55,24 @@ class BufferCopy(NamedTuple):
 
 
 Buffers = dict[nn.Module, dict[str, BufferCopy]]  # of each module, by name
+_SMALL = 1 << 16  # entries
 
 
 @contextmanager
 def recorded_buffers(last: Buffers) -> Iterator[Buffers]:
     """What the buffers of all modules that are called inside held before.
 
-    A buffer that has not changed since ``last`` was recorded shares its copy.
+    A large buffer that has not changed since ``last`` was recorded shares its copy. Small ones are
+    copied always: normalisation layers write their statistics without moving the version counter.
     """
     found: Buffers = {}
+
+    def unchanged(copy: BufferCopy | None, buffer: Tensor) -> bool:
+        return (
+            copy is not None
+            and buffer.numel() > _SMALL
+            and (copy.source is buffer and copy.version == buffer._version)
+        )
 
     def enter(module: nn.Module, _: Any) -> None:
         for part in module.modules():
@@ -74,7 +83,7 @@ def recorded_buffers(last: Buffers) -> Iterator[Buffers]:
                 if buffer is None:
                     continue
                 copy = last.get(part, {}).get(name)
-                if copy is None or copy.source is not buffer or copy.version != buffer._version:
+                if copy is None or not unchanged(copy, buffer):
                     copy = BufferCopy(buffer.detach().clone(), buffer, buffer._version)
                 found[part][name] = copy
 
@@ -86,10 +95,21 @@ def recorded_buffers(last: Buffers) -> Iterator[Buffers]:
 
 
 @contextmanager
-def preserved_buffers(values: Buffers | None = None) -> Iterator[None]:
-    """Modules called inside work on stand-ins for their buffers, and get their own back.
+def buffers_at(values: Buffers) -> Iterator[None]:
+    """Inside, modules hold copies of these values; outside, their own buffer objects again."""
+    own = [(part, name, part._buffers[name]) for part, known in values.items() for name in known]
+    try:
+        for part, name, _ in own:
+            part._buffers[name] = values[part][name].value.clone()
+        yield
+    finally:
+        for part, name, buffer in own:
+            part._buffers[name] = buffer
 
-    The stand-ins start at ``values`` where these know a buffer, and at its own value otherwise.
+
+@contextmanager
+def preserved_buffers() -> Iterator[None]:
+    """Modules called inside work on stand-ins for their buffers, and get their own back.
 
     Global forward hooks find the modules, so nobody has to name them: an outermost call swaps in
     clones for its whole tree, and its end swaps the original tensor *objects* back. Copying values
@@ -115,9 +135,7 @@ def preserved_buffers(values: Buffers | None = None) -> Iterator[None]:
             for name, buffer in found.items():
                 if buffer is not None:
                     if id(buffer) not in stand_ins:
-                        known = (values or {}).get(part, {}).get(name)
-                        start = buffer if known is None else known.value
-                        stand_ins[id(buffer)] = (buffer, start.clone())
+                        stand_ins[id(buffer)] = (buffer, buffer.clone())
                     part._buffers[name] = stand_ins[id(buffer)][1]
 
     def leave(module: nn.Module, *_: Any) -> None:

@@ -238,7 +238,7 @@ class BilevelOptimizer:
         for p, g in self._estimate(val_loss, train_loss):
             if g is not None:
                 p.grad = g if p.grad is None else p.grad + g
-        self.estimator.restart()
+        self.estimator.finish()
         return val_loss.detach()
 
     def hypergradient(
@@ -262,7 +262,7 @@ class BilevelOptimizer:
     ) -> list[tuple[Tensor, Tensor | None]]:
         train_loss = self._closure if train_loss is None else train_loss
         problem = BilevelProblem(self.inner, self.outer, train_loss, keep_outer_graph)
-        with without_side_effects(problem.inner_parameters[0].device):
+        with torch.enable_grad(), without_side_effects(problem.inner_parameters[0].device):
             hypergradient = self.estimator.estimate(problem, val_loss)
         return list(zip(problem.outer_parameters, hypergradient, strict=True))
 

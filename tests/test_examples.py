@@ -11,6 +11,18 @@ ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data"
 
 SMALL = {
+    "data_reweighting": [
+        *("--steps", "20", "--imbalance", "50", "--strategies", "baseline", "nystrom"),
+    ],
+    "dataset_distillation": ["--outer-steps", "5"],
+    "hyper_representation": ["--outer-steps", "3"],
+    "imaml": [
+        *("--steps", "2", "--meta-batch", "2", "--test-tasks", "4", "--val-tasks", "2"),
+        *("--channels", "8"),
+    ],
+    "lancbio": ["--steps", "5", "--size", "60"],
+    "learn_learning_rate": ["--steps", "20", "--grid-lr", "0.001", "--grid-decay", "1e-4"],
+    "nhgd": ["--outer-steps", "5"],
     "hyper_cleaning": ["--steps", "20", "--train", "100"],
     "low_rank_inverse": [],
     "weight_decay": ["--seeds", "0", "--outer-steps", "2"],

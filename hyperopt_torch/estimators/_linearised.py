@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
+from .._tensors import wide_dtype
 from ..hyperparameters import resolved
 from ._replay import State, twin
 
@@ -62,7 +63,9 @@ class Update:
             stand_ins.append(stand_in)
             entries.append(
                 {
-                    name: self.point[i, name].clone() if (i, name) in self.point else _own(value)
+                    name: self.point[i, name].clone()
+                    if (i, name) in self.point
+                    else _own(name, value)
                     for name, value in old.items()
                 }
             )
@@ -71,6 +74,13 @@ class Update:
         copy.defaults["differentiable"] = True
         for group, known in zip(copy.param_groups, settings, strict=True):
             group.update({k: _tracked(v) for k, v in resolved(dict(known), self._stand_in).items()})
+            momentum = group.get("momentum")
+            if isinstance(momentum, _Number) and float(momentum) == 0:
+                raise ValueError(
+                    "A learned momentum is exactly 0, where the optimizer keeps no buffer, so that "
+                    "its derivative is not on record. Start it above zero, or learn it by "
+                    'learn_hyperparameter(optimizer, "momentum", "sigmoid").'
+                )
             group.update(differentiable=True, foreach=False)
             if "fused" in group:
                 group["fused"] = False
@@ -86,7 +96,9 @@ class Update:
 
     def next_state(self) -> State:
         """s', without a graph."""
-        return [{name: _own(value) for name, value in entries.items()} for entries in self._state]
+        return [
+            {name: _own(name, value) for name, value in entries.items()} for entries in self._state
+        ]
 
     def _stand_in(self, phi: Tensor) -> Tensor:
         return self.eta.get(id(phi), phi.detach())  # not an outer parameter: a constant
@@ -159,8 +171,16 @@ def _leaf(value: Tensor) -> Tensor:
     return value.detach().clone().requires_grad_()
 
 
-def _own(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value
+def _own(name: str, value: Any) -> Any:
+    """A copy; of the step count in float64, for powers of it as exact as those of a number."""
+    if not isinstance(value, Tensor):
+        return value
+    value = value.detach().clone()
+    return _widened(value) if name == "step" else value
+
+
+def _widened(value: Tensor) -> Tensor:
+    return value.to(wide_dtype(value)) if value.is_floating_point() else value
 
 
 def _is_differentiable(name: str, value: Any) -> bool:
@@ -180,6 +200,12 @@ class _Number(float):
         self = super().__new__(cls, value)
         self.tensor = tensor
         return self
+
+    def __ne__(self, other: object) -> bool:
+        return True  # `if weight_decay != 0:` asks whether it is there, and it is, even at zero
+
+    def __bool__(self) -> bool:
+        return True
 
     def __neg__(self) -> _Number:
         return _Number(-float(self), -self.tensor)
@@ -225,6 +251,9 @@ class _Differentiable(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in ("detach", "item") and args[0].requires_grad:
             return args[0].clone() if name == "detach" else _Number(func(*args), args[0].clone())
+        if func in _FACTORIES:
+            made = func(*args, **kwargs)  # the step count of a new state, see _own
+            return _widened(made) if made.ndim == 0 else made
         base = name.rstrip("_")
         if base == "sqrt" and isinstance(args[0], Tensor) and args[0].requires_grad:
             return _stored(name, args[0], _sqrt(args[0]))
@@ -249,6 +278,7 @@ def _stored(name: str, target: Tensor, value: Tensor) -> Tensor:
     return target.copy_(value) if name.endswith("_") else value
 
 
+_FACTORIES = (torch.tensor, torch.zeros, torch.ones)
 # What these operations add to their first argument, with tensors for numbers.
 _TERMS: dict[str, Callable[..., Any]] = {
     "add": lambda _, other, alpha=1: alpha * other,

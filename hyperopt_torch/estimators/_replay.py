@@ -18,8 +18,8 @@ from .._closure import Evaluation, evaluate
 from .._guards import (
     Buffers,
     RandomState,
+    buffers_at,
     graph_nodes,
-    preserved_buffers,
     random_state,
     recorded_buffers,
     set_random_state,
@@ -66,9 +66,12 @@ class TrajectoryEstimator(HypergradientEstimator):
         self._initial: list[Tensor] | None = None  # what θ was started from, if all is on record
         self._before: tuple[RandomState, Buffers] | None = None
         self._loss: Tensor | None = None
+        self._finished = False  # a hypergradient was taken: the next step begins a new stretch
 
     @contextmanager
     def recording(self, problem: BilevelProblem) -> Iterator[None]:
+        if self._finished:
+            self.restart()
         device = problem.inner_parameters[0].device
         last = self._steps[-1] if self._steps else None
         random = random_state(device)
@@ -97,10 +100,7 @@ class TrajectoryEstimator(HypergradientEstimator):
                 frozen(problem.train_loss),
                 self._loss,
                 *self._before,
-                settings=[
-                    {name: value for name, value in group.items() if name != "params"}
-                    for group in problem.inner.param_groups
-                ],
+                settings=[settings_now(group) for group in problem.inner.param_groups],
                 parameters=[p.detach().clone() for p in problem.inner_parameters]
                 if copies
                 else None,
@@ -115,9 +115,13 @@ class TrajectoryEstimator(HypergradientEstimator):
         self.restart()
         self._initial = list(initial)
 
+    def finish(self) -> None:
+        self._finished = True
+
     def restart(self) -> None:
         self._steps.clear()
         self._initial = None
+        self._finished = False
 
     def reset(self) -> None:
         self.restart()
@@ -125,13 +129,19 @@ class TrajectoryEstimator(HypergradientEstimator):
     @abstractmethod
     def estimate(self, problem: BilevelProblem, outer_loss: Tensor) -> list[Tensor | None]: ...
 
-    def recorded(self) -> list[RecordedStep]:
-        """The steps on record, oldest first; RuntimeError if there are none."""
+    def recorded(self, problem: BilevelProblem) -> list[RecordedStep]:
+        """The steps on record, oldest first; RuntimeError if there are none that fit."""
         if not self._steps:
             raise RuntimeError(
                 f"{type(self).__name__} has no inner step on record since the last outer step: "
                 "call inner_step(closure) before outer_step(val_loss). Steps taken before a "
                 "checkpoint was loaded cannot be taken again."
+            )
+        first = self._steps[0].parameters or []
+        if [p.shape for p in first] != [p.shape for p in problem.inner_parameters]:
+            raise RuntimeError(
+                "The inner optimizer has got other parameters since the steps on record were "
+                "taken (add_param_group, unfreezing?): call reset() before the next inner_step."
             )
         return list(self._steps)
 
@@ -141,6 +151,35 @@ class TrajectoryEstimator(HypergradientEstimator):
             return []
         place = {id(p): i for i, p in enumerate(problem.outer_parameters)}
         return [place[id(t)] for t in self._initial]
+
+
+def settings_now(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a parameter group; schedulers fill tensors in place, hence copies.
+
+    Learned hyperparameters stay themselves: they are what a replay may vary.
+    """
+    return {
+        name: value.clone() if isinstance(value, Tensor) and not value.requires_grad else value
+        for name, value in group.items()
+        if name != "params"
+    }
+
+
+def again(step: RecordedStep) -> Evaluation:
+    """The training loss of a step once more; whoever calls restores what it depends on."""
+    try:
+        return evaluate(step.closure)
+    except StopIteration as error:
+        raise RuntimeError(_NOT_REPEATABLE) from error
+
+
+def earliest(steps: Sequence[RecordedStep]) -> Buffers:
+    """The buffers of every module as they were before the first step that called it."""
+    found: Buffers = {}
+    for step in steps:
+        for part, known in step.buffers.items():
+            found.setdefault(part, known)
+    return found
 
 
 def frozen(closure: Callable[[], Any]) -> Callable[[], Any]:
@@ -193,6 +232,19 @@ def standing_in(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator
     finally:
         for t, value in zip(tensors, own, strict=True):
             t.data = value
+
+
+@contextmanager
+def own_grads(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Whatever happens to ``.grad`` inside, outside it is the same object again."""
+    own = [t.grad for t in tensors]
+    try:
+        for t in tensors:
+            t.grad = None
+        yield
+    finally:
+        for t, grad in zip(tensors, own, strict=True):
+            t.grad = grad
 
 
 def twin(optimizer: Optimizer, places: Mapping[int, Tensor], state: State) -> Optimizer:
@@ -249,14 +301,14 @@ def follow(
         for p, q in zip(parameters, stand_ins, strict=True):
             p.data = q.data  # one memory: what the twin does to q, the model sees in p
         with problem.explained_training_errors():
-            evaluation = evaluate(step.closure)
+            evaluation = again(step)
             reached.update(map(id, leaves(graph_nodes(evaluation.loss))))
             grads = torch.autograd.grad(evaluation.loss, parameters, allow_unused=True)
-        for q, g in zip(stand_ins, grads, strict=True):
-            q.grad = g
+        for p, q, g in zip(parameters, stand_ins, grads, strict=True):
+            p.grad = q.grad = g  # both: a hook may clip those of the model
         return evaluation.loss.detach()
 
-    with standing_in(parameters, stand_ins), preserved_buffers(first.buffers):
+    with standing_in(parameters, stand_ins), buffers_at(earliest(steps)), own_grads(parameters):
         for step in steps:
             for group, settings in zip(optimizer.param_groups, step.settings, strict=True):
                 group.update(numbers(settings))
@@ -298,12 +350,15 @@ def same_loss(recorded: Tensor, again: Tensor) -> Tensor:
     return agree
 
 
+_NOT_REPEATABLE = (
+    "A training closure is not repeatable: called again with the same parameters and random "
+    "streams, it returned another loss, or none. Does it draw its own batch, or read variables "
+    "that the loop has changed since? Draw the batch before inner_step and let the closure hold "
+    "it: inner_step(lambda x=x, y=y: train_loss(x, y))."
+)
+
+
 def check_repeatable(agree: Sequence[Tensor]) -> None:
     """RuntimeError unless every evaluation agreed with the recorded one: one sync."""
     if not bool(torch.stack(list(agree)).all()):
-        raise RuntimeError(
-            "A training closure is not repeatable: called again with the same parameters and "
-            "random streams, it returned another loss. Does it draw its own batch, or read "
-            "variables that the loop has changed since? Draw the batch before inner_step and let "
-            "the closure hold it: inner_step(lambda x=x, y=y: train_loss(x, y))."
-        )
+        raise RuntimeError(_NOT_REPEATABLE)

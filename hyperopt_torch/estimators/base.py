@@ -224,6 +224,9 @@ class HypergradientEstimator(ABC):
     def begin(self, initial: Sequence[Tensor]) -> None:
         """Called when the inner parameters were started from these outer ones, one for each."""
 
+    def finish(self) -> None:
+        """Called after a hypergradient was accumulated: further ones may follow, then new steps."""
+
     def restart(self) -> None:
         """Called after each outer step: a new stretch of inner steps begins."""
 

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._closure import evaluate
-from .._guards import check_twice_differentiable, graph_nodes, preserved_buffers, set_random_state
+from .._guards import buffers_at, check_twice_differentiable, graph_nodes, set_random_state
 from .._tensors import FlatLayout, draw_seed, inner_product, seeded_generator, seeded_rng
 from ..errors import check_choice, check_count, check_number
 from ..hyperparameters import learned
@@ -19,8 +18,10 @@ from ._replay import (
     RecordedStep,
     State,
     TrajectoryEstimator,
+    again,
     check_repeatable,
     copied,
+    earliest,
     follow,
     leaves,
     same_loss,
@@ -122,7 +123,7 @@ class PZOBO(TrajectoryEstimator):
     def estimate(self, problem: BilevelProblem, outer_loss: Tensor) -> list[Tensor | None]:
         self.check(problem)
         b, direct = problem.outer_gradients(outer_loss)
-        steps = self.recorded()
+        steps = self.recorded(problem)
         layout = FlatLayout(problem.outer_parameters)
         U = self._draw(layout)  # (Q, h)
         started = self.started_from(problem)
@@ -215,8 +216,8 @@ def _first_loss_again(problem: BilevelProblem, step: RecordedStep) -> Tensor:
     """Whether the closure gives the recorded loss at the recorded point; 0-d bool."""
     assert step.parameters is not None
     set_random_state(problem.inner_parameters[0].device, step.random)
-    with standing_in(problem.inner_parameters, step.parameters), preserved_buffers(step.buffers):
-        return same_loss(step.loss, evaluate(step.closure).loss.detach())
+    with standing_in(problem.inner_parameters, step.parameters), buffers_at(step.buffers):
+        return same_loss(step.loss, again(step).loss.detach())
 
 
 def _exact(
@@ -245,11 +246,11 @@ def _exact(
     state: State = copied(first.state)
     reached: set[int] = set()
     agree = []
-    with preserved_buffers(first.buffers):
+    with buffers_at(earliest(steps)):
         for step in steps:
             set_random_state(inner[0].device, step.random)
             with standing_in(inner, parameters), problem.explained_training_errors():
-                loss = evaluate(step.closure).loss
+                loss = again(step).loss
                 agree.append(same_loss(step.loss, loss.detach()))
                 nodes = graph_nodes(loss)
                 check_twice_differentiable(nodes)

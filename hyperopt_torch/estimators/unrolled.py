@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._closure import evaluate
-from .._guards import preserved_buffers, set_random_state
+from .._guards import buffers_at, set_random_state
 from .._tensors import inner_product
 from ..errors import check_count
 from ..hyperparameters import learned
@@ -18,6 +17,7 @@ from ._linearised import THETA, Point, Update
 from ._replay import (
     RecordedStep,
     TrajectoryEstimator,
+    again,
     check_repeatable,
     same_loss,
     standing_in,
@@ -99,7 +99,7 @@ class Unrolled(TrajectoryEstimator):
     def estimate(self, problem: BilevelProblem, outer_loss: Tensor) -> list[Tensor | None]:
         self.check(problem)
         b, direct = problem.outer_gradients(outer_loss)
-        steps = self.recorded()
+        steps = self.recorded(problem)
         sweep = _Sweep(problem, b)
         after = [p.detach() for p in problem.inner_parameters]
         for step in reversed(steps):
@@ -144,9 +144,9 @@ class _Sweep:
         problem = self.problem
         inner, outer = problem.inner_parameters, problem.outer_parameters
         set_random_state(inner[0].device, step.random)
-        with standing_in(inner, step.parameters), preserved_buffers(step.buffers):
+        with standing_in(inner, step.parameters), buffers_at(step.buffers):
             with problem.explained_training_errors():
-                evaluation = evaluate(step.closure)
+                evaluation = again(step)
                 f = InnerGradient(evaluation.loss, inner, outer)
             self.agree.append(same_loss(step.loss, evaluation.loss.detach()))
             self.gradient = f.gradient if self.gradient is None else self.gradient
