@@ -112,6 +112,9 @@ class Settings:
     """Inner learning rate (SGD, momentum 0.9, weight decay 5e-4)."""
     outer_lr: float = 1e-2
     """Outer learning rate (Adam; paper: 1e-5). A first guess, not tuned."""
+    weight_input: Literal["loss", "loss+class"] = "loss"
+    """What the weight network sees: the loss of a sample (the paper), or also its class, one-hot
+    (ours: it can tell a rare class from a hard sample)."""
     normalise: bool = True
     """Divide the weights by their mean over the batch, so that reweighting does not slow down
     learning beside the baseline. Ours, not the paper's as far as we know. On Fashion-MNIST at
@@ -199,13 +202,20 @@ def run(
 ) -> dict[str, Any]:
     """One method (None: the baseline) on one long-tailed set."""
     model = network(s, split)
-    weigh = nn.Sequential(nn.Linear(1, 100), nn.ReLU(), nn.Linear(100, 1), nn.Sigmoid())
+    inputs = 1 if s.weight_input == "loss" else 11
+    weigh = nn.Sequential(nn.Linear(inputs, 100), nn.ReLU(), nn.Linear(100, 1), nn.Sigmoid())
     sgd = torch.optim.SGD(model.parameters(), lr=s.lr, momentum=0.9, weight_decay=5e-4)
     adam = torch.optim.Adam(weigh.parameters(), lr=s.outer_lr)
     # The bilevel lines: wrap both optimizers, then inner_step and outer_step.
     ihvp, curvature = strategy or (None, None)
     optimizer = BilevelOptimizer(sgd, adam, ihvp=ihvp, curvature=curvature)
     batches = torch.Generator().manual_seed(torch.initial_seed())
+
+    def weights_of(losses: Tensor, labels: Tensor) -> Tensor:
+        seen = losses.detach()[:, None]
+        if s.weight_input == "loss+class":
+            seen = torch.cat([seen, F.one_hot(labels, 10)], 1)
+        return weigh(seen)[:, 0]
 
     def draw(size: int) -> Callable[[], Any]:
         chosen = torch.randint(len(split.x), (size,), generator=batches)
@@ -216,7 +226,7 @@ def run(
             if strategy is None:
                 return losses
             # The mean of weights · losses; its parts serve NHGD, the outputs Gauss-Newton.
-            weights = weigh(losses.detach()[:, None])[:, 0]
+            weights = weights_of(losses, split.y[chosen])
             return PerSample(losses, weights / weights.mean() if s.normalise else weights), outputs
 
         return train_loss
@@ -240,14 +250,16 @@ def run(
             checkpoint.save(step, **log, products=products, seconds=seconds)
         bar.update()
     with torch.no_grad():
-        grid = torch.linspace(0, 5, 51)[:, None]
         right = torch.cat([model(x).argmax(1) for x in split.test_x.split(1000)]) == split.test_y
+        outputs = torch.cat([model(x) for x in split.x.split(1000)])
+        weights = weights_of(F.cross_entropy(outputs, split.y, reduction="none"), split.y)
+        weights = weights / weights.mean()
         classes = [right[split.test_y == c].float().mean().item() for c in range(10)]
         return {
             "accuracy": right.float().mean().item(),
             "classes": classes,
             "val loss": F.cross_entropy(model(split.val_x), split.val_y).item(),
-            "weights": weigh(grid)[:, 0].tolist() if strategy else None,
+            "weights": [weights[split.y == c].mean().item() for c in range(10)],
             "products": products,
             "seconds": seconds,
         }
