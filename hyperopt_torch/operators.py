@@ -129,6 +129,32 @@ class Damped(LinearOperator):
         return self.operator.inner(x, y)
 
 
+class Shifted(LinearOperator):
+    """H + diag(d), for d of shape (n,), or () for dI; counts its products on H.
+
+    >>> Shifted(Dense(torch.eye(2)), torch.tensor([1., 3.])) @ torch.tensor([2., 4.])
+    tensor([ 4., 16.])
+    """
+
+    def __init__(self, operator: LinearOperator, shift: Tensor) -> None:
+        super().__init__(operator.shape[0], operator.dtype, operator.device)
+        self.operator = operator
+        self.shift = shift
+
+    def _product(self, x: Tensor) -> Tensor:
+        return self.operator @ x + self.shift * x
+
+    def _products(self, X: Tensor) -> Tensor:
+        return self.operator @ X + (self.shift[:, None] if self.shift.ndim else self.shift) * X
+
+    def _joint(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        product, cross = self.operator.joint(x)
+        return product + self.shift * x, cross
+
+    def inner(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.operator.inner(x, y)
+
+
 class InnerGradient:
     """∇_θ f as a live graph: built once, it serves every product with H and with Jᵀ.
 

@@ -18,7 +18,7 @@ from ..curvature import Curvature, Hessian
 from ..hyperparameters import learned
 from ..ihvp import IHVP, Solution
 from ..ihvp.base import InnerStep
-from ..operators import InnerGradient, LinearOperator
+from ..operators import InnerGradient, LinearOperator, Shifted
 from ..report import SolveReport
 from .base import BilevelProblem, HypergradientEstimator, combined
 
@@ -35,6 +35,9 @@ class ImplicitDifferentiation(HypergradientEstimator):
 
     Raises:
         TypeError: ``ihvp`` or ``curvature`` is something else (a class instead of an object, say).
+
+    The inner problem is the one that the inner optimizer solves: where it has a weight decay of its
+    own, added to the gradient, H includes it.
 
     Cost: one outer gradient, one inner gradient whose graph is kept, and the products of the
     strategy. A strategy that does not bring Jᵀx along gets it from one more joint product, which
@@ -96,15 +99,22 @@ class ImplicitDifferentiation(HypergradientEstimator):
                 evaluation.outputs,
             )
         layout = inner_gradient.layout
-        if evaluation.penalty is not None and self.ihvp.observes:
+        decay = _weight_decay(problem, layout)
+        if self.ihvp.observes and not (evaluation.penalty is None and decay is None):
             curvature = _mean_curvature(evaluation.penalty, problem.inner_parameters, layout)
-            self.ihvp.observe_penalty(curvature)
+            self.ihvp.observe_penalty(curvature if decay is None else curvature + decay.mean())
         self._notice_jump(layout.flatten([p.detach() for p in problem.inner_parameters]))
         b = layout.flatten(b_parts)
         operator = self.curvature.operator(inner_gradient)
         with torch.no_grad():
+            if decay is not None:
+                operator = Shifted(operator, decay)
             solution, cross = self._solve(operator, b)
-        self.report = self._report(solution, operator, b, inner_gradient)
+        gradient = inner_gradient.gradient
+        if decay is not None:
+            theta = layout.flatten([p.detach() for p in problem.inner_parameters])
+            gradient = gradient + decay * theta
+        self.report = self._report(solution, operator, b, gradient)
         parts = inner_gradient.outer_layout.unflatten(-cross)
         return combined(
             direct,
@@ -135,7 +145,7 @@ class ImplicitDifferentiation(HypergradientEstimator):
         return replace(solution, residual=_relative(operator, r, b)), cross
 
     def _report(
-        self, solution: Solution, operator: LinearOperator, b: Tensor, gradient: InnerGradient
+        self, solution: Solution, operator: LinearOperator, b: Tensor, gradient: Tensor
     ) -> SolveReport:
         def norm(x: Tensor) -> Tensor:
             return operator.inner(x, x).sqrt()
@@ -145,7 +155,7 @@ class ImplicitDifferentiation(HypergradientEstimator):
             matvecs=operator.matvecs,
             rhs_norm=norm(b),
             solution_norm=norm(solution.x),
-            inner_gradient_norm=norm(gradient.gradient),
+            inner_gradient_norm=norm(gradient),
             residual=solution.residual,
             rank=solution.rank,
             negative_curvature=solution.negative_curvature,
@@ -194,10 +204,34 @@ def _sample_rows(
     return torch.stack([pull(seed, batched=False) for seed in seeds])
 
 
-def _mean_curvature(penalty: Tensor, parameters: list[Tensor], layout: FlatLayout) -> Tensor:
+def _weight_decay(problem: BilevelProblem, layout: FlatLayout) -> Tensor | None:
+    """The curvature that the inner optimizer's own weight decay adds: (n,), or () if uniform.
+
+    ``torch.optim``'s optimizers but AdamW add weight_decay·θ to the gradient, so they minimise
+    f + weight_decay·‖θ‖²/2. Decoupled decay is no part of any objective, and counts for nothing
+    here; nor does that of optimizers whose code is not known.
+    """
+    if not type(problem.inner).__module__.startswith("torch.optim"):
+        return None
+    decays = {}
+    for group in problem.inner.param_groups:
+        decoupled = isinstance(problem.inner, torch.optim.AdamW)
+        decoupled = decoupled or group.get("decoupled_weight_decay", False)
+        for p in group["params"]:
+            decays[id(p)] = 0.0 if decoupled else group.get("weight_decay", 0.0)
+    found = [decays[id(p)] for p in problem.inner_parameters]
+    if all(isinstance(d, (int, float)) and d == found[0] for d in found):
+        return (
+            torch.tensor(found[0], dtype=layout.dtype, device=layout.device) if found[0] else None
+        )
+    values = [torch.as_tensor(d, dtype=layout.dtype, device=layout.device) for d in found]
+    return torch.cat([d.expand(n) for d, n in zip(values, layout.sizes, strict=True)])
+
+
+def _mean_curvature(penalty: Tensor | None, parameters: list[Tensor], layout: FlatLayout) -> Tensor:
     """1ᵀH1/n for the Hessian H of the penalty: its mean diagonal entry, where H is diagonal."""
     total = torch.zeros((), dtype=layout.dtype, device=layout.device)
-    if not penalty.requires_grad:
+    if penalty is None or not penalty.requires_grad:
         return total
     grads = torch.autograd.grad(penalty, parameters, create_graph=True, allow_unused=True)
     live = [g for g in grads if g is not None and g.requires_grad]
