@@ -2,7 +2,7 @@ r"""Learn to weigh samples of a long-tailed set by their loss (Hataya & Yamada, 
 
     python examples/data_reweighting.py
     python examples/data_reweighting.py --data fashion --data-root PATH --seeds 0 1 2 \
-        --strategies baseline nystrom recycled-cg --weight-input loss+class --lr 0.02 --steps 400
+        --strategies nystrom recycled-cg --weight-input loss+class --lr 0.02 --steps 400
     python examples/data_reweighting.py --robustness
 
 Class c keeps n_max * imbalance^(-c / (C - 1)) training samples. A small network turns the loss of
@@ -118,11 +118,15 @@ class Settings:
     """Outer learning rate (Adam; paper: 1e-5). A first guess, not tuned."""
     weight_input: Literal["loss", "loss+class"] = "loss"
     """What the weight network sees: the loss of a sample (the paper), or also its class, one-hot
-    (ours: it can tell a rare class from a hard sample)."""
+    (ours: it can tell a rare class from a hard sample). Fashion-MNIST, 400 steps, three seeds,
+    RecycledCG at lr 0.02 against the baseline at 0.05, the better of each by validation loss:
+    .768 and .734 at imbalance 200 (spread .026 and .038), .800 and .785 at 100, .794 and .796 at
+    50."""
     normalise: bool = True
     """Divide the weights by their mean over the batch, so that reweighting does not slow down
-    learning beside the baseline. Ours, not the paper's as far as we know. On Fashion-MNIST at
-    imbalance 200 it made things worse (one seed, 600 steps)."""
+    learning beside the baseline. Ours, not the paper's as far as we know. With the
+    loss alone, lr 0.1 and outer lr 1e-2 it made things worse (Fashion-MNIST, imbalance 200, one
+    seed, 600 steps)."""
     paper: bool = False
     """The published steps, learning rates and weights: by the loss alone, not normalised."""
     resume: bool = False
