@@ -313,7 +313,7 @@ def draw(runs: dict[str, Run], name: str, images: Tensor, width: int, s: Setting
             axis.plot(run.steps, run.accuracy, label=label)
     axis.set(xlabel="outer steps", ylabel="test accuracy")
     axis.grid(alpha=0.3)
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     save_figure(figure, s.out / "dataset_distillation.png")
 
 
@@ -334,7 +334,8 @@ def main(s: Settings) -> None:
     print_table(HEADER, rows)
     print('Published: MNIST, 5000 outer steps, mean of several runs; "CG" there is cg-betty.')
     save_rows(s.out / "dataset_distillation.csv", HEADER, rows)
-    draw(runs, s.strategies[0], images[s.strategies[0]], train.width, s)
+    best = min(s.strategies, key=lambda name: runs[name].loss[-1])
+    draw(runs, best, images[best], train.width, s)
 
 
 if __name__ == "__main__":

@@ -199,6 +199,11 @@ def graph_nodes(root: Tensor) -> list[Any]:
     return found
 
 
+def graph_leaves(nodes: list[Any]) -> list[Tensor]:
+    """The tensors at the ends of a graph."""
+    return [node.variable for node in nodes if hasattr(node, "variable")]
+
+
 def graph_bytes(nodes: list[Any]) -> int:
     """About the memory of the tensors that one backward pass through ``nodes`` makes."""
     total = 0

@@ -29,7 +29,8 @@ from torch.optim.lr_scheduler import StepLR
 
 from hyperopt_torch import PZOBO, BilevelOptimizer, Unrolled, learn_hyperparameter
 from hyperopt_torch._guards import BufferCopy, without_side_effects
-from hyperopt_torch.estimators._replay import RecordedStep, TrajectoryEstimator, follow
+from hyperopt_torch.estimators._record import RecordedStep, TrajectoryEstimator
+from hyperopt_torch.estimators._replay import follow
 from hyperopt_torch.estimators.base import BilevelProblem
 
 ESTIMATORS: dict[str, Callable[[], TrajectoryEstimator]] = {

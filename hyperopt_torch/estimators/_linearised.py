@@ -12,7 +12,8 @@ from torch.overrides import TorchFunctionMode
 
 from .._tensors import wide_dtype
 from ..hyperparameters import resolved
-from ._replay import State, twin
+from ._record import State
+from ._replay import twin
 
 THETA = ""  # the name of the parameter itself among the entries of its optimizer state
 Key = tuple[int, str]  # (number of the inner parameter, entry)

@@ -8,26 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._guards import buffers_at, check_twice_differentiable, graph_nodes, set_random_state
+from .._guards import (
+    buffers_at,
+    check_twice_differentiable,
+    graph_leaves,
+    graph_nodes,
+    set_random_state,
+)
 from .._tensors import FlatLayout, draw_seed, inner_product, seeded_generator, seeded_rng
 from ..errors import check_choice, check_count, check_number
 from ..hyperparameters import learned
 from ..report import SolveReport
 from ._linearised import THETA, Point, Update
-from ._replay import (
-    RecordedStep,
-    State,
-    TrajectoryEstimator,
-    again,
-    check_repeatable,
-    copied,
-    earliest,
-    follow,
-    leaves,
-    same_loss,
-    standing_in,
-    step_hooks,
-)
+from ._record import RecordedStep, State, TrajectoryEstimator, copied
+from ._replay import again, check_repeatable, earliest, follow, same_loss, standing_in, step_hooks
 from .base import BilevelProblem, combined
 
 _SMOOTHING = {torch.float64: 1e-5, torch.float32: 1e-3}  # relative to 1 + rms(φ)
@@ -254,7 +248,7 @@ def _exact(
                 agree.append(same_loss(step.loss, loss.detach()))
                 nodes = graph_nodes(loss)
                 check_twice_differentiable(nodes)
-                reached.update(map(id, leaves(nodes)))
+                reached.update(map(id, graph_leaves(nodes)))
                 grads = torch.autograd.grad(
                     loss, [*inner, *outer], create_graph=True, allow_unused=True
                 )

@@ -14,15 +14,8 @@ from ..hyperparameters import learned
 from ..operators import InnerGradient
 from ..report import SolveReport
 from ._linearised import THETA, Point, Update
-from ._replay import (
-    RecordedStep,
-    TrajectoryEstimator,
-    again,
-    check_repeatable,
-    same_loss,
-    standing_in,
-    step_hooks,
-)
+from ._record import RecordedStep, TrajectoryEstimator
+from ._replay import again, check_repeatable, same_loss, standing_in, step_hooks
 from .base import BilevelProblem, combined
 
 _ASTRAY = 1e-2  # of a step: a larger gap to the next point on record is no rounding
