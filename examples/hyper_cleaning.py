@@ -46,7 +46,8 @@ from hyperopt_torch import (
     SubBiO,
 )
 
-STRATEGIES: dict[str, tuple[Callable[[], IHVP], Callable[[], Curvature]]] = {
+STRATEGIES: dict[str, tuple[Callable[[], IHVP | None], Callable[[], Curvature | None]]] = {
+    "default": (lambda: None, lambda: None),  # what BilevelOptimizer takes by itself
     "nystrom": (lambda: Nystrom(rank=10, damping=0.1), Hessian),
     "cg": (lambda: ConjugateGradient(10, damping=0.03), Hessian),
     "cg-gn": (lambda: ConjugateGradient(10, damping=0.03), GaussNewton),
@@ -74,6 +75,7 @@ class Settings:
     download: bool = False
     """Fetch the set if it is not in the folder."""
     strategy: Literal[
+        "default",
         "nystrom",
         "cg",
         "cg-gn",
@@ -85,8 +87,8 @@ class Settings:
         "nhgd",
         "identity",
     ] = "nystrom"
-    """How the linear system is solved; all but the first, cg, neumann, nhgd and identity take the
-    Gauss-Newton matrix for the Hessian."""
+    """How the linear system is solved; default, nystrom, cg, neumann, nhgd and identity take the
+    exact Hessian, the others the Gauss-Newton matrix."""
     seeds: tuple[int, ...] = (0,)
     """One whole experiment for each."""
     noise: float = 0.4

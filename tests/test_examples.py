@@ -15,6 +15,10 @@ SMALL = {
         *("--steps", "20", "--imbalance", "50", "--strategies", "baseline", "nystrom"),
     ],
     "dataset_distillation": ["--outer-steps", "5"],
+    "few_shot_features": [
+        *("--outer-steps", "2", "--inner-steps", "5", "--meta-batch", "1", "--test-tasks", "2"),
+        *("--channels", "4"),
+    ],
     "hyper_representation": ["--outer-steps", "3"],
     "imaml": [
         *("--steps", "2", "--meta-batch", "2", "--test-tasks", "4", "--val-tasks", "2"),
