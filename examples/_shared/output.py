@@ -12,10 +12,10 @@ matplotlib.use("Agg")
 from matplotlib.figure import Figure
 
 
-def save_figure(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path, dpi: int = 110) -> None:
     """Writes a PNG, making its folder, and says where it is."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+    figure.savefig(path, dpi=dpi, bbox_inches="tight")
     print(f"figure: {path}")
 
 
