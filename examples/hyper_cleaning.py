@@ -86,7 +86,7 @@ class Settings:
         "subbio",
         "nhgd",
         "identity",
-    ] = "nystrom"
+    ] = "default"
     """How the linear system is solved; default, nystrom, cg, neumann, nhgd and identity take the
     exact Hessian, the others the Gauss-Newton matrix."""
     seeds: tuple[int, ...] = (0,)
