@@ -43,9 +43,9 @@ from hyperopt_torch import (
     Solution,
     SubBiO,
 )
-from hyperopt_torch._closure import evaluate
 from hyperopt_torch.estimators import BilevelProblem
 from hyperopt_torch.operators import InnerGradient
+from hyperopt_torch.recording import evaluate
 
 from ._bilevel_runs import Cleaning, Setting
 

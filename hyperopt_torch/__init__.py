@@ -1,11 +1,9 @@
 """Hypergradients for PyTorch training loops."""
 
 from . import functional
-from ._closure import PerSample
 from .bilevel import BilevelOptimizer
 from .curvature import Curvature, GaussNewton, Hessian
 from .estimators import PZOBO, HypergradientEstimator, ImplicitDifferentiation, Unrolled
-from .hyperparameters import learn_hyperparameter
 from .ihvp import (
     CG,
     IHVP,
@@ -24,6 +22,8 @@ from .ihvp import (
     Solution,
     SubBiO,
 )
+from .inner_optimizer import learn_hyperparameter
+from .recording import PerSample
 from .report import SolveReport
 
 __version__ = "0.1.0"

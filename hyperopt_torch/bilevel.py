@@ -11,13 +11,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import hyperparameters
-from ._closure import TrainLoss, evaluate
-from ._guards import without_side_effects
 from .curvature import Curvature
 from .estimators import BilevelProblem, HypergradientEstimator, ImplicitDifferentiation
-from .estimators.base import needs_closure, parameters_of
 from .ihvp import IHVP, RecycledCG
+from .inner_optimizer import needs_closure, parameters_of, plain, relink
+from .recording import TrainLoss, evaluate, without_side_effects
 from .report import SolveReport
 
 
@@ -145,7 +143,7 @@ class BilevelOptimizer:
         return loss.detach()
 
     def _step_inner(self) -> None:
-        with hyperparameters.plain(self.inner):
+        with plain(self.inner):
             if self.grad_scaler is None:
                 self.inner.step()
             else:
@@ -167,7 +165,7 @@ class BilevelOptimizer:
             first = False
             return loss
 
-        with hyperparameters.plain(self.inner):
+        with plain(self.inner):
             loss: Tensor = self.inner.step(evaluation)  # type: ignore[arg-type, assignment]
         return loss.detach()
 
@@ -302,7 +300,7 @@ class BilevelOptimizer:
         # torch's optimizers share tensors with what they load, and would move a checkpoint.
         learned = [dict(group) for group in self.inner.param_groups]
         self.inner.load_state_dict(copy.deepcopy(state_dict["inner"]))
-        hyperparameters.relink(self.inner.param_groups, learned)
+        relink(self.inner.param_groups, learned)
         self.outer.load_state_dict(copy.deepcopy(state_dict["outer"]))
         self.estimator.restart()
         self._steps = dict(state_dict["steps"])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from ._guards import check_twice_differentiable, graph_bytes, graph_nodes
+from ._graph import check_twice_differentiable, graph_bytes, graph_nodes
 from ._tensors import FlatLayout, inner_product, trainable
 
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adam
 
 from hyperopt_torch import BilevelOptimizer, ConjugateGradient, Identity
-from hyperopt_torch._closure import PerSample
 from hyperopt_torch.ihvp.base import InnerStep
 from hyperopt_torch.ihvp.nhgd import NHGD
 from hyperopt_torch.operators import Dense
+from hyperopt_torch.recording import PerSample
 
 N = 12
 EYE = torch.eye(N, dtype=torch.float64)

@@ -28,10 +28,9 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import StepLR
 
 from hyperopt_torch import PZOBO, BilevelOptimizer, Unrolled, learn_hyperparameter
-from hyperopt_torch._guards import BufferCopy, without_side_effects
-from hyperopt_torch.estimators._record import RecordedStep, TrajectoryEstimator
-from hyperopt_torch.estimators._replay import follow
+from hyperopt_torch.estimators._trajectory import TrajectoryEstimator, follow
 from hyperopt_torch.estimators.base import BilevelProblem
+from hyperopt_torch.recording import BufferCopy, RecordedStep, without_side_effects
 
 ESTIMATORS: dict[str, Callable[[], TrajectoryEstimator]] = {
     "unrolled": Unrolled,

@@ -11,9 +11,8 @@ from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
 from .._tensors import wide_dtype
-from ..hyperparameters import resolved
-from ._record import State
-from ._replay import twin
+from ..inner_optimizer import resolved, twin
+from ..recording import State
 
 THETA = ""  # the name of the parameter itself among the entries of its optimizer state
 Key = tuple[int, str]  # (number of the inner parameter, entry)

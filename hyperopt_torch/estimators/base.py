@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -14,21 +13,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .._closure import Evaluation, TrainLoss, evaluate
-from .._guards import explained
+from .._graph import explained
 from .._tensors import trainable
+from ..inner_optimizer import parameters_of
+from ..recording import Evaluation, TrainLoss, evaluate
 from ..report import SolveReport
-
-
-def parameters_of(optimizer: Optimizer) -> list[Tensor]:
-    """All parameters of an optimizer, group by group."""
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def needs_closure(optimizer: Optimizer) -> bool:
-    """Whether ``step`` has a closure argument without a default, as LBFGS."""
-    parameter = inspect.signature(type(optimizer).step).parameters.get("closure")
-    return parameter is not None and parameter.default is inspect.Parameter.empty
 
 
 @dataclass

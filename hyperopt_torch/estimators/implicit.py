@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._closure import Evaluation
-from .._guards import without_side_effects
 from .._tensors import FlatLayout, inner_product
 from ..curvature import Curvature, Hessian
-from ..hyperparameters import learned
 from ..ihvp import IHVP, Solution
 from ..ihvp.base import InnerStep
+from ..inner_optimizer import learned
 from ..operators import InnerGradient, LinearOperator, Shifted
+from ..recording import Evaluation, without_side_effects
 from ..report import SolveReport
 from .base import BilevelProblem, HypergradientEstimator, combined
 

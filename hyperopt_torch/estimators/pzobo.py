@@ -8,20 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._guards import (
-    buffers_at,
-    check_twice_differentiable,
-    graph_leaves,
-    graph_nodes,
-    set_random_state,
-)
+from .._graph import check_twice_differentiable, graph_leaves, graph_nodes
 from .._tensors import FlatLayout, draw_seed, inner_product, seeded_generator, seeded_rng
 from ..errors import check_choice, check_count, check_number
-from ..hyperparameters import learned
+from ..inner_optimizer import learned, standing_in, step_hooks
+from ..recording import (
+    RecordedStep,
+    State,
+    again,
+    buffers_at,
+    check_repeatable,
+    copied,
+    earliest,
+    same_loss,
+    set_random_state,
+)
 from ..report import SolveReport
 from ._linearised import THETA, Point, Update
-from ._record import RecordedStep, State, TrajectoryEstimator, copied
-from ._replay import again, check_repeatable, earliest, follow, same_loss, standing_in, step_hooks
+from ._trajectory import TrajectoryEstimator, follow
 from .base import BilevelProblem, combined
 
 _SMOOTHING = {torch.float64: 1e-5, torch.float32: 1e-3}  # relative to 1 + rms(φ)

@@ -7,15 +7,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._guards import buffers_at, set_random_state
 from .._tensors import inner_product
 from ..errors import check_count
-from ..hyperparameters import learned
+from ..inner_optimizer import learned, standing_in, step_hooks
 from ..operators import InnerGradient
+from ..recording import (
+    RecordedStep,
+    again,
+    buffers_at,
+    check_repeatable,
+    same_loss,
+    set_random_state,
+)
 from ..report import SolveReport
 from ._linearised import THETA, Point, Update
-from ._record import RecordedStep, TrajectoryEstimator
-from ._replay import again, check_repeatable, same_loss, standing_in, step_hooks
+from ._trajectory import TrajectoryEstimator
 from .base import BilevelProblem, combined
 
 _ASTRAY = 1e-2  # of a step: a larger gap to the next point on record is no rounding

@@ -1,45 +1,33 @@
-"""Inner steps on record, to be taken again later."""
+"""Inner steps on record, kept since the last outer step."""
 
 from __future__ import annotations
 
-import types
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._closure import Evaluation
-from .._guards import Buffers, RandomState, random_state, recorded_buffers
+from .._graph import graph_leaves, graph_nodes
+from ..inner_optimizer import numbers, own_grads, standing_in, take_step, twin
+from ..recording import (
+    Buffers,
+    Evaluation,
+    RandomState,
+    RecordedStep,
+    again,
+    buffers_at,
+    copied,
+    earliest,
+    frozen,
+    random_state,
+    recorded_buffers,
+    set_random_state,
+    settings_now,
+)
 from .base import BilevelProblem, HypergradientEstimator
-
-State = list[dict[str, Any]]  # of an optimizer, for each inner parameter
-
-
-@dataclass(frozen=True)
-class RecordedStep:
-    """What it takes to take an inner step again.
-
-    Attributes:
-        closure: the training closure, with the variables that it named at that time.
-        loss: its value, detached.
-        random, buffers: the random streams and the modules' buffers before it ran.
-        settings: the parameter groups without their parameters.
-        parameters: copies of the inner parameters before the step; None where nobody needs them.
-        state: a copy of the inner optimizer's state before the step; None likewise.
-    """
-
-    closure: Callable[[], Any]
-    loss: Tensor
-    random: RandomState
-    buffers: Buffers
-    settings: list[dict[str, Any]]
-    parameters: list[Tensor] | None
-    state: State | None
 
 
 class TrajectoryEstimator(HypergradientEstimator):
@@ -143,48 +131,43 @@ class TrajectoryEstimator(HypergradientEstimator):
         return [place[id(t)] for t in self._initial]
 
 
-def settings_now(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a parameter group; schedulers fill tensors in place, hence copies.
+def follow(
+    problem: BilevelProblem, steps: Sequence[RecordedStep], initial: Sequence[Tensor] | None = None
+) -> tuple[list[Tensor], set[int]]:
+    """The inner parameters after ``steps``, with the outer parameters as they are now.
 
-    Learned hyperparameters stay themselves: they are what a replay may vary.
+    Args:
+        initial: where to start; None: where the first step started.
+
+    Returns:
+        (θ, ids of the tensors that any of the losses depended on).
     """
-    return {
-        name: value.clone() if isinstance(value, Tensor) and not value.requires_grad else value
-        for name, value in group.items()
-        if name != "params"
-    }
+    first = steps[0]
+    assert first.parameters is not None
+    assert first.state is not None
+    parameters = problem.inner_parameters
+    start = first.parameters if initial is None else [t.detach() for t in initial]
+    stand_ins = [v.clone().requires_grad_() for v in start]
+    places = {id(p): q for p, q in zip(parameters, stand_ins, strict=True)}
+    optimizer = twin(problem.inner, places, copied(first.state))
+    reached: set[int] = set()
 
+    def gradients() -> Tensor:
+        for p, q in zip(parameters, stand_ins, strict=True):
+            p.data = q.data  # one memory: what the twin does to q, the model sees in p
+        with problem.explained_training_errors():
+            evaluation = again(step)
+            reached.update(map(id, graph_leaves(graph_nodes(evaluation.loss))))
+            grads = torch.autograd.grad(evaluation.loss, parameters, allow_unused=True)
+        for p, q, g in zip(parameters, stand_ins, grads, strict=True):
+            p.grad = q.grad = g  # both: a hook may clip those of the model
+        return evaluation.loss.detach()
 
-def frozen(closure: Callable[[], Any]) -> Callable[[], Any]:
-    """The closure with its variables as they are now.
-
-    A loop that says ``inner_step(lambda: train_loss(x, y))`` changes x and y under the closures
-    of earlier steps; each is to see its own batch again.
-    """
-    if not isinstance(closure, types.FunctionType):
-        return closure
-    scope = dict(closure.__globals__)  # whole: what is defined inside reads it too
-    cells = tuple(types.CellType(*_content(cell)) for cell in closure.__closure__ or ())
-    twin = types.FunctionType(
-        closure.__code__, scope, closure.__name__, closure.__defaults__, cells
-    )
-    twin.__kwdefaults__ = closure.__kwdefaults__
-    return twin
-
-
-def _content(cell: types.CellType) -> tuple[Any, ...]:
-    try:
-        return (cell.cell_contents,)
-    except ValueError:  # not assigned yet
-        return ()
-
-
-def copied(value: Any) -> Any:
-    """Containers rebuilt and tensors cloned; everything else as it is."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, Mapping):
-        return {k: copied(v) for k, v in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(copied(v) for v in value)
-    return value
+    with standing_in(parameters, stand_ins), buffers_at(earliest(steps)), own_grads(parameters):
+        for step in steps:
+            for group, settings in zip(optimizer.param_groups, step.settings, strict=True):
+                group.update(numbers(settings))
+            set_random_state(parameters[0].device, step.random)
+            with torch.enable_grad():
+                take_step(optimizer, gradients)
+    return [q.detach() for q in stand_ins], reached

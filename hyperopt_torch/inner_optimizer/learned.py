@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .errors import check_choice
+from ..errors import check_choice
 
 _KEY = "learned"  # in a parameter group: {name: (φ, transform, index)}
 

@@ -1,0 +1,21 @@
+"""The inner optimizer as it acts: facts about its step, a stand-in, learned hyperparameters."""
+
+from .facts import needs_closure, parameters_of
+from .learned import learn_hyperparameter, learned, numbers, plain, relink, resolved
+from .stand_in import own_grads, standing_in, step_hooks, take_step, twin
+
+__all__ = [
+    "learn_hyperparameter",
+    "learned",
+    "needs_closure",
+    "numbers",
+    "own_grads",
+    "parameters_of",
+    "plain",
+    "relink",
+    "resolved",
+    "standing_in",
+    "step_hooks",
+    "take_step",
+    "twin",
+]
