@@ -3,27 +3,48 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ._graph import graph_nodes, short_way_is_safe, without_parameter_hooks
+from ._tensors import inner_product
 from .curvature import Curvature
+from .errors import HypergradientError, HypergradientWarning, check_choice, check_number
 from .estimators import BilevelProblem, HypergradientEstimator, ImplicitDifferentiation
+from .estimators._moving import hook_zeros
+from .estimators._trajectory import TrajectoryEstimator
 from .ihvp import IHVP, RecycledCG
-from .inner_optimizer import needs_closure, parameters_of, plain, relink
-from .recording import TrainLoss, evaluate, without_side_effects
-from .report import SolveReport
+from .inner_optimizer import StepHook, needs_closure, parameters_of, plain, relink, unwrapped
+from .recording import (
+    OUTSIDE,
+    Evaluation,
+    InnerObjective,
+    Record,
+    Recorder,
+    TrainLoss,
+    evaluate,
+    older,
+    reaches,
+    sequence_number,
+)
+from .report import SolveReport, Trouble
 
 
 class BilevelOptimizer:
     """Adds hypergradient updates to a training loop; the optimizers, the model, the loop stay.
 
     Args:
-        inner: the optimizer of the model's parameters θ.
+        inner: the optimizer of the model's parameters θ; or several, ``[adamw, muon]``, which step
+            together. Wrapped ones (accelerate, Lightning) may be passed as they are.
         outer: the optimizer of the parameters φ that the validation loss shall choose.
         ihvp: the strategy for (H + ρI)⁻¹ b; short for ``ImplicitDifferentiation(ihvp)``.
         estimator: how hypergradients are made; give this or ``ihvp``. Without both it is
@@ -31,7 +52,16 @@ class BilevelOptimizer:
             of the size of the inner parameters.
         curvature: what stands for the inner Hessian; goes with ``ihvp``. Default: ``Hessian()``.
         grad_scaler: a ``torch.amp.GradScaler`` for the inner step, which is then scaled, unscaled,
-            stepped and updated through it. Hypergradients are not scaled.
+            stepped and updated through it. Where losses compute in half precision, the products
+            and the validation gradient are scaled by it as well, and divided again.
+        max_grad_norm: the longest hypergradient that ``outer_step`` steps along; longer ones are
+            shortened to it, as ``clip_grad_norm_`` does.
+        on_trouble: what to do where the report says that a hypergradient is not to be trusted:
+            "warn", the first time of each kind, by a :class:`HypergradientWarning`; "raise" a
+            :class:`HypergradientError` before anything has moved; "ignore". A hypergradient that is
+            not finite is never stepped along, whatever is chosen.
+        self_check: whether the first hypergradient holds a product against differences of
+            gradients, at the cost of two gradients.
 
     Raises:
         TypeError: ``inner`` or ``outer`` is no ``torch.optim.Optimizer``.
@@ -53,26 +83,20 @@ class BilevelOptimizer:
 
     def __init__(
         self,
-        inner: Optimizer,
+        inner: Optimizer | Sequence[Optimizer],
         outer: Optimizer,
         ihvp: IHVP | None = None,
         *,
         estimator: HypergradientEstimator | None = None,
         curvature: Curvature | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
+        max_grad_norm: float | None = None,
+        on_trouble: str = "warn",
+        self_check: bool = True,
     ) -> None:
-        for name, optimizer in (("inner", inner), ("outer", outer)):
-            if not isinstance(optimizer, Optimizer):
-                raise TypeError(
-                    f"{name} must be a torch.optim.Optimizer; got {type(optimizer).__name__}. Pass "
-                    "for example torch.optim.SGD(model.parameters(), lr=0.1)."
-                )
-        if needs_closure(outer):
-            raise ValueError(
-                f"{type(outer).__name__} cannot be the outer optimizer: it evaluates its loss "
-                "several times a step, and each evaluation would be a whole bilevel solve. Use "
-                "for example torch.optim.Adam or torch.optim.SGD."
-            )
+        several = isinstance(inner, (list, tuple))
+        steppers: list[Optimizer] = list(inner) if several else [inner]  # type: ignore[list-item, arg-type]
+        _check_optimizers(steppers, outer)
         if estimator is not None and (ihvp is not None or curvature is not None):
             raise ValueError(
                 "Give either estimator, or ihvp (and curvature), which is short for "
@@ -90,10 +114,93 @@ class BilevelOptimizer:
             RecycledCG(window=20) if ihvp is None else ihvp, curvature
         )
         self.grad_scaler = grad_scaler
-        self._inner_needs_closure = needs_closure(inner)
-        self._closure: TrainLoss | None = None
+        self.max_grad_norm = (
+            None
+            if max_grad_norm is None
+            else check_number("max_grad_norm", max_grad_norm, positive=True)
+        )
+        self.on_trouble = check_choice("on_trouble", on_trouble, ("warn", "raise", "ignore"))
+        self.self_check = bool(self_check)
+        self._steppers = steppers
+        self._real = [unwrapped(optimizer) for optimizer in steppers]
+        self._said: set[str] = set()
+        self._listeners: list[Callable[[SolveReport, list[Tensor | None], Tensor], None]] = []
         self._steps = {"inner": 0, "outer": 0}
-        self.estimator.check(BilevelProblem(inner, outer))  # both check, before the first step
+        self._inner_moved = self._outer_moved = (0, 0)  # by which thread, and when
+        self._forget()
+        problem = self._problem()
+        self.estimator.check(problem)  # both check, before the first step
+        self.estimator.claim(self)
+        self._device = problem.inner_parameters[0].device
+        self._recorder = Recorder(self._device)
+        self._watch_steps()
+
+    def _forget(self) -> None:
+        """Forgets which inner problem is under way."""
+        self._pending: list[Record] = []  # micro-batches since the last step
+        self._records: list[Record] = []  # those of the last step: the inner problem
+        self._unseen = False  # the loss of this step was a tensor: there is no closure
+        self._outer_grads: list[tuple[Tensor, Tensor | None]] = []  # while the trainer runs
+        self._versions: list[tuple[Tensor, int]] = []  # of gradients, after our own backward
+        self._hook_zeros: dict[int, Tensor] = {}
+        self._observing = True
+        self._stepping: Optimizer | None = None
+        self._numbers = ExitStack()  # while an optimizer steps, learned tensors are numbers
+        self._stepped: set[int] = set()  # ids of the optimizers that took the recorded step
+
+    # The inner level ----------------------------------------------------------------------------
+
+    def record(self, closure: Callable[[], Any], weight: float | None = None) -> Tensor:
+        """The training loss, its closure put on record: for loops that do the rest themselves.
+
+        ::
+
+            loss = bilevel.record(lambda: loss_fn(batch))
+            accelerator.backward(loss)
+            clip_grad_norm_(model.parameters(), 1.0); optimizer.step(); optimizer.zero_grad()
+            bilevel.outer_step(val_loss())
+
+        The closures recorded between two steps of the inner optimizer are micro-batches of one
+        inner problem: their mean, or Σ weight·loss where weights are given. A step counts when it
+        really happens, beneath scalers and wrappers.
+
+        Args:
+            closure: as for :meth:`inner_step`.
+            weight: of this loss in the inner objective, as the backward passes weight it.
+
+        Returns:
+            The live loss, for the trainer's own ``backward()``.
+
+        What that backward pass adds to the ``.grad`` of outer parameters is taken away again when
+        the inner optimizer steps.
+        """
+        if not callable(closure):
+            raise TypeError(
+                "record needs a closure: loss = bilevel.record(lambda: loss_fn(batch)). The loss "
+                "itself cannot be evaluated again."
+            )
+        if weight is not None:
+            weight = check_number("weight", weight)
+        problem = self._problem()
+        if not self._pending and not self._outer_grads:
+            self._put_outer_grads_aside(problem)
+        evaluation = self._evaluate(problem, closure, weight)
+        self._check_made_inside(problem, graph_nodes(evaluation.loss))
+        return evaluation.loss
+
+    def _evaluate(
+        self, problem: BilevelProblem, closure: Callable[[], Any], weight: float | None = None
+    ) -> Evaluation:
+        inner, outer = problem.inner_parameters, problem.outer_parameters
+        evaluation, record = self._recorder.call(closure, inner, outer, weight)
+        self._pending.append(record)
+        self._before_backward(problem, evaluation)
+        return evaluation
+
+    def _before_backward(self, problem: BilevelProblem, evaluation: Evaluation) -> None:
+        if self.estimator.observes and self._observing:
+            with problem.explained_training_errors():
+                self.estimator.before_backward(problem, evaluation)
 
     def inner_step(self, train_loss: TrainLoss) -> Tensor:
         """One step of the inner optimizer, bit for bit the plain ``zero_grad, backward, step``.
@@ -101,73 +208,226 @@ class BilevelOptimizer:
         Args:
             train_loss: a closure that returns the training loss (scalar; or (B,) per-sample
                 losses, whose mean is meant; or ``PerSample(losses, weights, penalty)``; or
-                ``(loss, outputs)``) and does not call ``backward()``. It is kept, and called again
-                by :meth:`outer_step`. A loss tensor works too; then :meth:`outer_step` must be
-                given the training loss.
+                ``(loss, outputs)``) and does not call ``backward()``. It goes on record, and is
+                evaluated again by :meth:`outer_step`, in the world that it finds now: variables,
+                modes of modules, buffers, random streams. A loss tensor works too; then
+                :meth:`outer_step` must be given the training loss.
 
         Returns:
             The loss, detached.
 
-        Only the inner parameters get a ``.grad``; those of the outer ones are not touched.
+        Raises:
+            RuntimeError: the closure called ``backward()``; or the optimizer did not step, as under
+                gradient accumulation, for which there is :meth:`record`.
+
+        Only the inner parameters get a ``.grad``; those of the outer ones are left as found.
         """
-        self._closure = train_loss if callable(train_loss) else None
-        problem = BilevelProblem(self.inner, self.outer, train_loss)
-        if self._inner_needs_closure:
+        problem = self._problem()
+        self._notice_late_clipping()
+        self._pending.clear()
+        if any(map(needs_closure, self._real)):
             loss = self._closure_step(problem, train_loss)
         else:
-            loss = self._backward(problem, train_loss, self.estimator.observes)
+            loss = self._backward(problem, train_loss)
+            if self.grad_scaler is not None:
+                for optimizer in self._steppers:
+                    self.grad_scaler.unscale_(optimizer)
+            self._note_gradients(problem)
             self._step_inner()
+            self._notice_no_step()
         self._steps["inner"] += 1
+        self._note_gradients(problem)
         return loss
 
-    def _backward(self, problem: BilevelProblem, train_loss: TrainLoss, observed: bool) -> Tensor:
-        self.inner.zero_grad()
+    def _backward(self, problem: BilevelProblem, train_loss: TrainLoss) -> Tensor:
+        for optimizer in self._steppers:
+            optimizer.zero_grad()
         clear = all(p.grad is None for p in problem.inner_parameters)
-        with self.estimator.recording(problem) if observed else nullcontext():
-            evaluation = evaluate(train_loss)
-        if clear and any(p.grad is not None for p in problem.inner_parameters):
-            raise RuntimeError(
-                "The training closure called backward() itself; it must only compute and return "
-                "the loss: inner_step does the rest."
-            )
-        loss = evaluation.loss
-        scaled = loss if self.grad_scaler is None else self.grad_scaler.scale(loss)
-        with problem.explained_training_errors():
-            if observed:
-                self.estimator.before_backward(problem, evaluation)
-            scaled.backward(inputs=problem.inner_parameters)  # type: ignore[no-untyped-call]
-        if observed:
-            if self.grad_scaler is not None:
-                self.grad_scaler.unscale_(self.inner)
-            self.estimator.observe(problem)
+        self._put_outer_grads_aside(problem)
+        try:
+            self._unseen = not callable(train_loss)
+            if callable(train_loss):
+                evaluation = self._evaluate(problem, train_loss)
+            else:
+                evaluation = evaluate(train_loss)
+                self._before_backward(problem, evaluation)
+            loss = evaluation.loss
+            if clear and any(p.grad is not None for p in problem.inner_parameters):
+                raise RuntimeError(
+                    "The training closure called backward() itself; it must only compute and "
+                    "return the loss: inner_step does the rest."
+                )
+            nodes = graph_nodes(loss)
+            self._check_made_inside(problem, nodes)
+            scaled = loss if self.grad_scaler is None else self.grad_scaler.scale(loss)
+            inner, outer = problem.inner_parameters, problem.outer_parameters
+            # Past φ where that is proved to be the same.
+            short = short_way_is_safe(nodes, inner, outer)
+            with problem.explained_training_errors():
+                scaled.backward(inputs=inner if short else None)  # type: ignore[no-untyped-call]
+        finally:
+            self._put_outer_grads_back()
         return loss.detach()
 
     def _step_inner(self) -> None:
-        with plain(self.inner):
+        for optimizer in self._steppers:
             if self.grad_scaler is None:
-                self.inner.step()
+                optimizer.step()
             else:
-                self.grad_scaler.step(self.inner)
-                self.grad_scaler.update()
+                self.grad_scaler.step(optimizer)
+        if self.grad_scaler is not None:
+            self.grad_scaler.update()
 
     def _closure_step(self, problem: BilevelProblem, train_loss: TrainLoss) -> Tensor:
         """For optimizers such as LBFGS, which evaluate the loss as often as they like."""
-        name = type(self.inner).__name__
         if not callable(train_loss):
-            raise TypeError(f"{name} needs a closure: inner_step(lambda: train_loss(...)).")
+            raise TypeError(f"{problem.name} needs a closure: inner_step(lambda: train_loss(...)).")
         if self.grad_scaler is not None:
-            raise ValueError(f"{name} does not work with a grad_scaler.")
-        first = True
+            raise ValueError(f"{problem.name} does not work with a grad_scaler.")
 
         def evaluation() -> Tensor:
-            nonlocal first
-            loss = self._backward(problem, train_loss, first and self.estimator.observes)
-            first = False
+            loss = self._backward(problem, train_loss)
+            if self._observing:
+                self._commit()
+            self._pending.clear()
+            self._observing = False  # further evaluations are the optimizer's own affair
             return loss
 
-        with plain(self.inner):
-            loss: Tensor = self.inner.step(evaluation)  # type: ignore[arg-type, assignment]
+        (optimizer,) = self._steppers
+        try:
+            loss: Tensor = optimizer.step(evaluation)  # type: ignore[arg-type, assignment]
+        finally:
+            self._observing = True
         return loss.detach()
+
+    # When a step really happens -----------------------------------------------------------------
+
+    def _watch_steps(self) -> None:
+        """Hooks on the optimizers beneath the wrappers; gone when this object is."""
+        me = weakref.ref(self)
+
+        def before(optimizer: Optimizer) -> None:
+            bilevel = me()
+            if bilevel is not None:
+                bilevel._before_step(optimizer)
+
+        def after(optimizer: Optimizer) -> None:
+            bilevel = me()
+            if bilevel is not None:
+                bilevel._after_step(optimizer)
+
+        for optimizer in self._real:
+            handles = [
+                optimizer.register_step_pre_hook(StepHook(optimizer, before)),
+                optimizer.register_step_post_hook(StepHook(optimizer, after)),
+            ]
+            for handle in handles:
+                weakref.finalize(self, handle.remove)
+
+    def _before_step(self, optimizer: Optimizer) -> None:
+        """Gradients are there, parameters have not moved: what was recorded is the problem."""
+        nested = self._stepping is optimizer  # a subclass's step that calls super().step()
+        self._stepping = optimizer
+        if self._pending or self._unseen:
+            self._commit()
+        elif not nested and id(optimizer) in self._stepped:
+            self._stepped = set()  # a step of its own, of which nothing is on record
+        self._stepped.add(id(optimizer))
+        if not nested:
+            self._numbers.close()
+            self._numbers.enter_context(plain(optimizer))
+
+    def _after_step(self, optimizer: Optimizer) -> None:
+        self._stepping = None
+        self._numbers.close()
+        if self._pending:  # recorded inside of the step, by a closure that the trainer gave it
+            if isinstance(self.estimator, TrajectoryEstimator):
+                raise RuntimeError(
+                    f"{self.estimator!r} needs the parameters as they were before the step, but "
+                    "the loss was recorded inside of it, in a closure that was given to "
+                    "optimizer.step(), as Lightning's automatic optimization does. Call record and "
+                    "backward before optimizer.step() (manual optimization)."
+                )
+            if needs_closure(optimizer):
+                del self._pending[1:]  # a line search
+            self._commit()
+        self._inner_moved = threading.get_ident(), sequence_number()
+        if self._records and id(optimizer) in self._stepped:
+            self.estimator.stepped(self._problem())
+
+    def _commit(self) -> None:
+        self._put_outer_grads_back()
+        self._records = list(self._pending)
+        self._pending.clear()
+        self._unseen = False
+        self._stepped = set()
+        self._hook_zeros = hook_zeros(self._problem().inner_parameters)
+        if self.estimator.observes:
+            problem = self._problem()
+            problem.untouched = bool(self._versions) and not self._written()
+            self.estimator.observe(problem, self._records)
+
+    def _notice_no_step(self) -> None:
+        """What was recorded is still pending: no optimizer stepped."""
+        if not self._pending:
+            return
+        skipped = self.grad_scaler is not None or any(
+            getattr(optimizer, "step_was_skipped", False) for optimizer in self._steppers
+        )
+        if not skipped:
+            raise RuntimeError(
+                "inner_step: the inner optimizer did not step; does a wrapper accumulate "
+                "gradients? Each inner_step begins with zero_grad(), so the gradients of earlier "
+                "micro-batches would be lost. Use loss = bilevel.record(closure) and keep the "
+                "loop's own backward, step and zero_grad."
+            )
+        self._records = list(self._pending)  # the problem is the same, only the step was skipped
+        self._pending.clear()
+        if self.estimator.observes:
+            self.estimator.skipped(self._problem(), self._records)
+
+    def _notice_late_clipping(self) -> None:
+        """Gradients written to after the step in which they served."""
+        if self._written():
+            self._say(
+                Trouble(
+                    "late_gradient_change",
+                    "the gradients were changed after inner_step, which has stepped already: "
+                    "clipping there has no effect. Use loss = bilevel.record(closure) and keep the "
+                    "loop's own backward, clipping and step",
+                )
+            )
+        self._versions = []
+
+    def _note_gradients(self, problem: BilevelProblem) -> None:
+        grads = [p.grad for p in problem.inner_parameters]
+        self._versions = [(g, g._version) for g in grads if g is not None]
+
+    def _written(self) -> bool:
+        """Whether gradients were written to since :meth:`_note_gradients`."""
+        return any(g._version != version for g, version in self._versions)
+
+    def _put_outer_grads_aside(self, problem: BilevelProblem) -> None:
+        self._outer_grads = [(p, p.grad) for p in problem.outer_parameters]
+        for p in problem.outer_parameters:
+            p.grad = None
+
+    def _put_outer_grads_back(self) -> None:
+        for p, grad in self._outer_grads:
+            p.grad = grad
+        self._outer_grads = []
+
+    def _check_made_inside(self, problem: BilevelProblem, nodes: Sequence[Any]) -> None:
+        """RuntimeError where a part of the graph is older than the parameters that it came from."""
+        levels = (
+            (self._inner_moved, problem.inner_parameters),
+            (self._outer_moved, problem.outer_parameters),
+        )
+        for (thread, moved), parameters in levels:
+            if thread == threading.get_ident() and reaches(older(nodes, moved), parameters):
+                raise RuntimeError(OUTSIDE)
+
+    # Between the levels -------------------------------------------------------------------------
 
     def start_from(self, initial: Iterable[Tensor]) -> None:
         """Starts a new inner problem at the given outer parameters: θ ← φ, as in MAML.
@@ -184,7 +444,7 @@ class BilevelOptimizer:
             ValueError: the tensors are not in the outer optimizer, or do not fit.
         """
         initial = list(initial)
-        problem = BilevelProblem(self.inner, self.outer)
+        problem = self._problem()
         shapes = [tuple(p.shape) for p in problem.inner_parameters]
         if [tuple(t.shape) for t in initial] != shapes:
             raise ValueError(
@@ -201,46 +461,79 @@ class BilevelOptimizer:
         with torch.no_grad():
             for p, t in zip(problem.inner_parameters, initial, strict=True):
                 p.copy_(t)
-        self.inner.state.clear()
-        self._closure = None
+        for optimizer in self._real:
+            optimizer.state.clear()
+        self._forget()
+        self._inner_moved = threading.get_ident(), sequence_number()
         self.estimator.begin(initial)
 
-    def outer_step(self, val_loss: Tensor, train_loss: TrainLoss | None = None) -> Tensor:
+    # The outer level ----------------------------------------------------------------------------
+
+    def outer_step(
+        self,
+        val_loss: Tensor,
+        train_loss: TrainLoss | None = None,
+        *,
+        averaged: Iterable[Tensor] | None = None,
+    ) -> Tensor:
         """One step of the outer optimizer along the hypergradient of ``val_loss``.
 
         Args:
             val_loss: scalar, computed from the current inner parameters, its graph alive (it is
                 freed, as by ``backward()``).
-            train_loss: the training loss at the current parameters, tensor or closure; default:
-                the closure of the last :meth:`inner_step`.
+            train_loss: the training loss at the current parameters, tensor or closure, in the world
+                as it is; default: the closures on record of the last inner step, in theirs.
+            averaged: where ``val_loss`` was computed with an average of the inner parameters (EMA,
+                SWA): its tensors, one for each inner parameter, in their order.
 
         Returns:
             The validation loss, detached.
 
         Replaces the ``.grad`` of the outer parameters. Inner parameters, their ``.grad``, the
-        inner optimizer's state, module buffers and the RNG stream stay bitwise as they are.
+        inner optimizer's state, module buffers and the RNG stream stay bitwise as they are. Where
+        the hypergradient is not finite, outer parameters and optimizer stay as they are, too.
         """
-        for p, g in self._estimate(val_loss, train_loss):
+        hypergradient = self._estimate(val_loss, train_loss, averaged)
+        for p, g in hypergradient:
             p.grad = g
-        self.outer.step()
+        if self._check_report():
+            if self.max_grad_norm is not None:
+                torch.nn.utils.clip_grad_norm_([p for p, _ in hypergradient], self.max_grad_norm)
+            self.outer.step()
+            self._outer_moved = threading.get_ident(), sequence_number()
         self.estimator.restart()
         self._steps["outer"] += 1
+        for listener in self._listeners:
+            listener(self.report, [g for _, g in hypergradient], val_loss.detach())
         return val_loss.detach()
 
-    def accumulate(self, val_loss: Tensor, train_loss: TrainLoss | None = None) -> Tensor:
+    def accumulate(
+        self,
+        val_loss: Tensor,
+        train_loss: TrainLoss | None = None,
+        *,
+        averaged: Iterable[Tensor] | None = None,
+    ) -> Tensor:
         """Adds the hypergradient to the outer ``.grad``, as ``backward()`` would.
 
         For many tasks or validation batches a step: ``outer.zero_grad()``, ``accumulate`` for
-        each, ``outer.step()``. Arguments and return value as for :meth:`outer_step`.
+        each, ``outer.step()``. Arguments and return value as for :meth:`outer_step`. What is not
+        finite is added as it is, and said.
         """
-        for p, g in self._estimate(val_loss, train_loss):
+        for p, g in self._estimate(val_loss, train_loss, averaged):
             if g is not None:
                 p.grad = g if p.grad is None else p.grad + g
+        if self.on_trouble != "ignore":
+            self._check_report()
         self.estimator.finish()
         return val_loss.detach()
 
     def hypergradient(
-        self, val_loss: Tensor, train_loss: TrainLoss | None = None
+        self,
+        val_loss: Tensor,
+        train_loss: TrainLoss | None = None,
+        *,
+        averaged: Iterable[Tensor] | None = None,
     ) -> tuple[Tensor | None, ...]:
         """The hypergradient itself, one tensor for each outer parameter; changes nothing.
 
@@ -249,20 +542,82 @@ class BilevelOptimizer:
         """
         memory = self.estimator.state_dict()
         try:
-            pairs = self._estimate(val_loss, train_loss, keep_outer_graph=True)
+            pairs = self._estimate(val_loss, train_loss, averaged, keep_outer_graph=True)
         finally:
             self.estimator.load_state_dict(memory)
         found = {id(p): g for p, g in pairs}
         return tuple(found.get(id(p)) for p in parameters_of(self.outer))
 
+    def on_outer_step(
+        self, listener: Callable[[SolveReport, list[Tensor | None], Tensor], None]
+    ) -> None:
+        """Calls ``listener(report, hypergradient, val_loss)`` after each outer step, for logs."""
+        self._listeners.append(listener)
+
+    def _problem(self) -> BilevelProblem:
+        return BilevelProblem(self._real, self.outer)
+
+    def _objective(self, train_loss: TrainLoss | None) -> InnerObjective | None:
+        if train_loss is not None:
+            return InnerObjective.given(train_loss, self._device)
+        return InnerObjective.on_record(self._records, self._device) if self._records else None
+
     def _estimate(
-        self, val_loss: Tensor, train_loss: TrainLoss | None, keep_outer_graph: bool = False
+        self,
+        val_loss: Tensor,
+        train_loss: TrainLoss | None,
+        averaged: Iterable[Tensor] | None,
+        keep_outer_graph: bool = False,
     ) -> list[tuple[Tensor, Tensor | None]]:
-        train_loss = self._closure if train_loss is None else train_loss
-        problem = BilevelProblem(self.inner, self.outer, train_loss, keep_outer_graph)
-        with torch.enable_grad(), without_side_effects(problem.inner_parameters[0].device):
-            hypergradient = self.estimator.estimate(problem, val_loss)
-        return list(zip(problem.outer_parameters, hypergradient, strict=True))
+        self._put_outer_grads_back()
+        problem = BilevelProblem(
+            self._real,
+            self.outer,
+            self._objective(train_loss),
+            keep_outer_graph=keep_outer_graph,
+            averaged=None if averaged is None else list(averaged),
+            scale=self._scale(),
+            hook_zeros=self._hook_zeros,
+            self_check=self.self_check,
+        )
+        parameters = [*problem.inner_parameters, *problem.outer_parameters]
+        with torch.enable_grad(), without_parameter_hooks(parameters):
+            found = self.estimator.estimate(problem, val_loss)
+        assert self.estimator.report is not None
+        self.estimator.report, found = judged(self.estimator.report, found, val_loss)
+        return list(zip(problem.outer_parameters, found, strict=True))
+
+    def _scale(self) -> Tensor | None:
+        if self.grad_scaler is None or not self.grad_scaler.is_enabled():
+            return None
+        one = torch.ones((), device=self._device)
+        return torch.as_tensor(self.grad_scaler.scale(one))
+
+    def _check_report(self) -> bool:
+        """Whether to step along the last hypergradient; says what is wrong. One sync."""
+        report = self.report
+        if self._device.type == "meta":  # nothing has a value there
+            return True
+        if self.on_trouble == "ignore":
+            return bool(report.finite)
+        troubles = report.troubles()
+        if troubles and self.on_trouble == "raise":
+            raise HypergradientError("; ".join(trouble.text for trouble in troubles))
+        for trouble in troubles:
+            self._say(trouble)
+        return not any(trouble.kind == "not_finite" for trouble in troubles)
+
+    def _say(self, trouble: Trouble) -> None:
+        """Once of each kind."""
+        if self.on_trouble == "ignore" or trouble.kind in self._said:
+            return
+        self._said.add(trouble.kind)
+        warnings.warn(
+            f"{trouble.text}. [{trouble.kind}: said once; bilevel.report.trouble() tells it for "
+            "every step, on_trouble= changes that]",
+            HypergradientWarning,
+            stacklevel=4,
+        )
 
     @property
     def report(self) -> SolveReport:
@@ -278,7 +633,7 @@ class BilevelOptimizer:
     def reset(self) -> None:
         """Forgets what the strategy has learned and the last closure: for a new inner problem."""
         self.estimator.reset()
-        self._closure = None
+        self._forget()
 
     def state_dict(self) -> dict[str, Any]:
         """Both optimizers, the estimator's memory, the counters; not the ``grad_scaler``.
@@ -288,26 +643,107 @@ class BilevelOptimizer:
         step comes before the next outer step.
         """
         return {
-            "inner": copy.deepcopy(self.inner.state_dict()),
+            "inner": [copy.deepcopy(optimizer.state_dict()) for optimizer in self._real],
             "outer": copy.deepcopy(self.outer.state_dict()),
             "estimator": self.estimator.state_dict(),
             "steps": dict(self._steps),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restores what :meth:`state_dict` gave; the run then continues bit for bit."""
+        """Restores what :meth:`state_dict` gave; the run then continues bit for bit.
+
+        Raises:
+            ValueError: it is no such dict, or of other optimizers or another strategy; nothing has
+                been changed then.
+        """
+        inner = _checked_state(state_dict, self._real, self.outer)
         self.estimator.load_state_dict(state_dict["estimator"])  # first: it may refuse
         # torch's optimizers share tensors with what they load, and would move a checkpoint.
-        learned = [dict(group) for group in self.inner.param_groups]
-        self.inner.load_state_dict(copy.deepcopy(state_dict["inner"]))
-        relink(self.inner.param_groups, learned)
+        for optimizer, state in zip(self._real, inner, strict=True):
+            before = [dict(group) for group in optimizer.param_groups]
+            optimizer.load_state_dict(copy.deepcopy(state))
+            relink(optimizer.param_groups, before)
         self.outer.load_state_dict(copy.deepcopy(state_dict["outer"]))
         self.estimator.restart()
         self._steps = dict(state_dict["steps"])
-        self._closure = None
+        self._forget()
+
+    def __getstate__(self) -> Any:
+        raise TypeError(
+            "A BilevelOptimizer cannot be pickled or copied: it holds live optimizers and hooks. "
+            "Save bilevel.state_dict(), and load it into a new BilevelOptimizer."
+        )
 
     def __repr__(self) -> str:
-        return (
-            f"{type(self).__name__}(inner={type(self.inner).__name__}, "
-            f"outer={type(self.outer).__name__}, estimator={self.estimator!r})"
+        settings = {
+            "inner": " + ".join(type(optimizer).__name__ for optimizer in self._steppers),
+            "outer": type(self.outer).__name__,
+            "estimator": repr(self.estimator),
+            "grad_scaler": self.grad_scaler and type(self.grad_scaler).__name__,
+            "max_grad_norm": self.max_grad_norm,
+            "on_trouble": repr(self.on_trouble),
+        }
+        told = ", ".join(f"{name}={value}" for name, value in settings.items() if value is not None)
+        return f"{type(self).__name__}({told})"
+
+
+def _check_optimizers(inner: Sequence[Any], outer: Any) -> None:
+    """Raises unless all are optimizers that can serve at their level."""
+    if not inner:
+        raise ValueError("inner is empty: give the optimizer of the model's parameters.")
+    for name, optimizer in [*(("inner", o) for o in inner), ("outer", outer)]:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                f"{name} must be a torch.optim.Optimizer; got {type(optimizer).__name__}. Pass "
+                "for example torch.optim.SGD(model.parameters(), lr=0.1)."
+            )
+    if needs_closure(outer):
+        raise ValueError(
+            f"{type(outer).__name__} cannot be the outer optimizer: it evaluates its loss "
+            "several times a step, and each evaluation would be a whole bilevel solve. Use "
+            "for example torch.optim.Adam or torch.optim.SGD."
         )
+    if len(inner) > 1 and any(map(needs_closure, inner)):
+        raise ValueError(
+            "An inner optimizer that evaluates the loss itself, such as LBFGS, cannot step "
+            "together with others."
+        )
+
+
+def _checked_state(
+    state_dict: Mapping[str, Any], inner: Sequence[Optimizer], outer: Optimizer
+) -> list[Any]:
+    """The states of the inner optimizers; ValueError where the dict does not fit."""
+    advice = "Give what BilevelOptimizer.state_dict() returned, of the same optimizers."
+    missing = [k for k in ("inner", "outer", "estimator", "steps") if k not in state_dict]
+    if missing:
+        raise ValueError(f"The state has no {', '.join(map(repr, missing))}. {advice}")
+    states = state_dict["inner"]
+    states = [states] if isinstance(states, Mapping) else list(states)
+    if len(states) != len(inner):
+        raise ValueError(
+            f"The state is of {len(states)} inner optimizer(s), not of {len(inner)}. {advice}"
+        )
+    for optimizer, state in [*zip(inner, states, strict=True), (outer, state_dict["outer"])]:
+        groups = state.get("param_groups", ()) if isinstance(state, Mapping) else ()
+        sizes = [len(group["params"]) for group in groups]
+        expected = [len(group["params"]) for group in optimizer.param_groups]
+        if sizes != expected:
+            raise ValueError(
+                f"The state of {type(optimizer).__name__} has parameter groups of {sizes}, the "
+                f"optimizer of {expected}. {advice}"
+            )
+    return states
+
+
+def judged(
+    report: SolveReport, hypergradient: list[Tensor | None], val_loss: Tensor
+) -> tuple[SolveReport, list[Tensor | None]]:
+    """Whether all is finite, on record; what is not leaves no finite hypergradient behind."""
+    parts = [g for g in hypergradient if g is not None]
+    norm = torch.stack([inner_product(g.flatten(), g.flatten()) for g in parts]).sum().sqrt()
+    sizes = [norm, report.rhs_norm, report.solution_norm, report.inner_gradient_norm, report.loss]
+    known = [s.to(norm) for s in sizes if s is not None]
+    zero = torch.stack([*known, val_loss.detach().to(norm)]).sum() * 0  # NaN, if one of them is not
+    report = replace(report, hypergradient_norm=norm + zero, finite=zero == 0)
+    return report, [None if g is None else g + zero.to(g.dtype) for g in hypergradient]

@@ -29,3 +29,11 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
             f"Invalid {name}: {value!r}; expected one of {', '.join(map(repr, choices))}."
         )
     return str(value)
+
+
+class HypergradientWarning(UserWarning):
+    pass
+
+
+class HypergradientError(RuntimeError):
+    pass

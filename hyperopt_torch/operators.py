@@ -185,6 +185,7 @@ class InnerGradient:
         outputs: Any = None,
     ) -> None:
         self.loss, self.outputs = loss, outputs
+        self.precision: float | None = None
         self.output_tensors = trainable(t for t in tree_flatten(outputs)[0] if _is_tensor(t))
         self.inner, self.outer = list(inner), list(outer)
         self.layout, self.outer_layout = FlatLayout(self.inner), FlatLayout(self.outer)
@@ -306,3 +307,17 @@ def _marked(outputs: Sequence[Tensor]) -> Iterator[list[Tensor | None]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+class Summed(LinearOperator):
+    def __init__(self, makes):
+        self._makes = list(makes)
+        first = self._makes[0][1]()
+        super().__init__(first.shape[0], first.dtype, first.device)
+
+    def _product(self, x):
+        return sum(w * (make() @ x) for w, make in self._makes)
+
+    def _joint(self, x):
+        parts = [(w, make().joint(x)) for w, make in self._makes]
+        return sum(w * p[0] for w, p in parts), sum(w * p[1] for w, p in parts)

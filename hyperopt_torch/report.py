@@ -5,10 +5,24 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 _GROWTH = 100.0
+
+
+class Trouble(NamedTuple):
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True)
+class SelfCheck:
+    product: float
+    cross: float
+    kink: float | None
+    tolerance: float
 
 
 @dataclass(frozen=True)
@@ -50,6 +64,19 @@ class SolveReport:
     growth: Tensor | None = None
     astray: Tensor | None = None
     notes: tuple[str, ...] = ()
+    hypergradient_norm: Any = None
+    finite: Any = None
+    damping: Any = None
+    curvature: Any = None
+    precision: Any = None
+    self_check: Any = None
+    loss: Any = None
+
+    def troubles(self) -> list[Trouble]:
+        found = [Trouble(text.split()[0], text) for text in self.trouble()]
+        if self.finite is not None and not bool(self.finite):
+            found.append(Trouble("not_finite", "not finite"))
+        return found
 
     def trouble(self) -> list[str]:
         """What a user should look at before trusting the hypergradient; [] if nothing."""

@@ -30,6 +30,7 @@ from hyperopt_torch import (
     Neumann,
     Nystrom,
 )
+from hyperopt_torch.errors import HypergradientWarning
 
 
 class Rig:
@@ -411,7 +412,8 @@ def test_warns_where_only_the_direct_term_is_left(query):
     r.bo.inner_step(r.val)
     with pytest.warns(UserWarning, match="does not enter the training loss") as caught:
         found = getattr(r.bo, query)(r.val() + 3 * r.phi.sum())
-    assert [w.filename for w in caught] == [__file__]
+    about = [w for w in caught if not issubclass(w.category, HypergradientWarning)]
+    assert [w.filename for w in about] == [__file__]
     found = found[0] if query == "hypergradient" else r.phi.grad
     assert torch.equal(found, torch.full((6,), 3.0))
 
@@ -501,13 +503,12 @@ def test_compiled_module():
     r = Rig(DenseSolve(1.0))
     compiled = torch.compile(r.model, backend="aot_eager")
     r.bo.inner_step(lambda: (r.phi.exp() * r.losses(compiled)).mean())
-    with pytest.raises(RuntimeError, match=re.escape("`model._orig_mod`")):
-        r.bo.outer_step(r.val())
-    r.bo.inner_step(lambda: (r.phi.exp() * r.losses(compiled._orig_mod)).mean())
     (expected,) = r.bo.hypergradient(r.val(), r.train)
-    r.bo.outer_step(r.losses(compiled).mean())  # may stay compiled
+    r.bo.outer_step(r.losses(compiled).mean())  # both stay compiled: the closure runs eager once
     assert expected.norm() > 0
     torch.testing.assert_close(r.phi.grad, expected)
+    with pytest.raises(RuntimeError, match=r"torch\.compile"):  # a loss cannot be evaluated anew
+        r.bo.outer_step(r.val(), (r.phi.exp() * r.losses(compiled)).mean())
 
 
 def test_fused_attention():
@@ -530,10 +531,10 @@ def test_fused_attention():
         return lambda: phi.exp() * attend(net(q)).square().mean()
 
     bo.inner_step(loss(attention))
-    with pytest.raises(RuntimeError, match=re.escape("sdpa_kernel(torch.nn.attention.SDPBackend")):
-        bo.outer_step(loss(attention)())
-    bo.inner_step(loss(math_backend))
-    (found,) = bo.hypergradient(attention(net(q)).mean())  # first derivatives only: stays fused
     (expected,) = bo.hypergradient(by_hand(net(q)).mean(), loss(by_hand))
     assert expected.abs() > 0
-    torch.testing.assert_close(found, expected)
+    for train in (None, loss(attention), loss(math_backend), loss(math_backend)()):
+        (found,) = bo.hypergradient(attention(net(q)).mean(), train)  # evaluated without fusing
+        torch.testing.assert_close(found, expected)
+    with pytest.raises(RuntimeError, match="MATH"):  # a loss cannot be evaluated anew
+        bo.outer_step(attention(net(q)).mean(), loss(attention)())

@@ -28,9 +28,14 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import StepLR
 
 from hyperopt_torch import PZOBO, BilevelOptimizer, Unrolled, learn_hyperparameter
-from hyperopt_torch.estimators._trajectory import TrajectoryEstimator, follow
+from hyperopt_torch.estimators._trajectory import (
+    RecordedStep,
+    TrajectoryEstimator,
+    follow,
+    world_of,
+)
 from hyperopt_torch.estimators.base import BilevelProblem
-from hyperopt_torch.recording import BufferCopy, RecordedStep, without_side_effects
+from hyperopt_torch.recording.world import BufferCopy
 
 ESTIMATORS: dict[str, Callable[[], TrajectoryEstimator]] = {
     "unrolled": Unrolled,
@@ -39,7 +44,6 @@ ESTIMATORS: dict[str, Callable[[], TrajectoryEstimator]] = {
     "pzobo-antithetic": lambda: PZOBO(antithetic=True),
 }
 EVERY = pytest.mark.parametrize("make", ESTIMATORS.values(), ids=ESTIMATORS.keys())
-CPU = torch.device("cpu")
 
 
 class SpectralNet(nn.Module):
@@ -203,9 +207,10 @@ def test_a_closure_that_raises(make, query: str, calls: int, model):
 
 def gaps(rig: Rig) -> list[float]:
     """How far each inner parameter ends from where it is, its steps taken again as they were."""
-    problem = BilevelProblem(rig.inner, rig.outer, rig.closure)
-    with without_side_effects(CPU):
-        end, _ = follow(problem, list(rig.bo.estimator._steps))
+    problem = BilevelProblem([rig.inner], rig.outer)
+    steps = list(rig.bo.estimator._steps)
+    with world_of(problem, steps) as world:
+        end, _ = follow(problem, steps, world, [])
     pairs = zip(end, problem.inner_parameters, strict=True)
     return [0.0 if torch.equal(x, p) else float((x - p.detach()).abs().max()) for x, p in pairs]
 
@@ -355,8 +360,11 @@ def storages(steps: list[RecordedStep]) -> dict[int, int]:
                 add(entry)
 
     for step in steps:
-        for name in ("loss", "random", "buffers", "settings", "parameters", "state"):
+        for name in ("settings", "parameters", "state"):
             add(getattr(step, name))
+        for record in step.records:
+            add([record.loss, record.streams.cpu])
+            add([list(state.buffers.values()) for state in record.modules.values()])
     return found
 
 
@@ -489,5 +497,5 @@ def test_a_window_keeps_the_last_records():
     rig = Trajectory(Unrolled(3), "adam", steps=0)
     for _ in range(8):
         losses.append(rig.bo.inner_step(rig.closure))
-    recorded = [step.loss for step in list(rig.bo.estimator._steps)]
+    recorded = [step.records[0].loss for step in list(rig.bo.estimator._steps)]
     assert all(map(torch.equal, recorded, losses[-3:]))

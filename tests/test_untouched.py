@@ -187,26 +187,32 @@ def test_inner_step_leaves_the_outer_level(inner: str):
     assert changes(outer, now) == []
 
 
-def test_dropout_is_drawn_and_not_redrawn():
-    """The mask of the extra evaluation is the one that the next forward pass draws."""
+def test_dropout_is_that_of_the_inner_step():
+    """Each extra evaluation draws the mask of the inner step; the next forward pass its own."""
     drawn = []
 
     class Spy(nn.Dropout):
         def forward(self, x: Tensor) -> Tensor:
-            y = super().forward(x)
-            drawn.append((y == 0).clone())
-            return y
+            mask = super().forward(torch.ones_like(x))
+            drawn.append(mask.detach())
+            return mask * x
 
     model = ConvNet()
     model.drop = Spy(0.5)
     rig = Rig(model=model)
+    original = drawn[-1]
     val = rig.val()
+    state = torch.get_rng_state()
     drawn.clear()
     rig.bo.outer_step(val)
+    extra = list(drawn)
+    assert extra
+    assert all(torch.equal(mask, original) for mask in extra)
     rig.train()
-    extra, following = drawn
-    assert torch.equal(extra, following)
-    assert not torch.equal(extra, torch.zeros_like(extra))
+    torch.set_rng_state(state)
+    rig.train()
+    assert torch.equal(drawn[-1], drawn[-2])
+    assert not torch.equal(original, torch.zeros_like(original))
 
 
 # --- unusual modules and closures ---------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
 from .._tensors import wide_dtype
-from ..inner_optimizer import resolved, twin
+from ..inner_optimizer import Change, resolved, twin
 from ..recording import State
 
 THETA = ""  # the name of the parameter itself among the entries of its optimizer state
@@ -26,22 +26,24 @@ class Update:
     parameters.
 
     Args:
-        optimizer: the inner optimizer; only its class and its settings are used.
-        settings: its parameter groups at this step.
+        optimizers: the inner optimizers; only their classes and their settings are used.
+        settings: their parameter groups at this step.
         parameters: θ before the step, one for each of ``inner``.
         state: s before the step, likewise.
         gradients: ∇f at θ; None where f does not depend on a parameter.
+        change: what became of them before the optimizers saw them.
         inner: the user's own tensors.
         learned: those φ that are hyperparameters of the optimizer.
     """
 
     def __init__(
         self,
-        optimizer: Optimizer,
-        settings: Sequence[Mapping[str, Any]],
+        optimizers: Sequence[Optimizer],
+        settings: Sequence[Sequence[Mapping[str, Any]]],
         parameters: Sequence[Tensor],
         state: State,
         gradients: Sequence[Tensor | None],
+        change: Change,
         inner: Sequence[Tensor],
         learned: Sequence[Tensor],
     ) -> None:
@@ -50,6 +52,8 @@ class Update:
         self.eta = {id(phi): _leaf(phi) for phi in learned}
         self._used = [i for i, g in enumerate(gradients) if g is not None]
         stand_ins, entries = [], []
+        with torch.enable_grad():
+            moving = change(self.gradients)
         for i, (theta, old) in enumerate(zip(parameters, state, strict=True)):
             moves = gradients[i] is not None  # the optimizer leaves the others alone
             self.point[i, THETA] = _leaf(theta)
@@ -58,7 +62,7 @@ class Update:
                     self.point[i, name] = _leaf(value)
             # Copies, because optimizers work in place, which a leaf that wants a gradient refuses.
             stand_in = self.point[i, THETA].clone() if moves else theta.detach()
-            gradient = self.gradients[i]
+            gradient = moving[i]
             stand_in.grad = None if gradient is None else gradient.clone()
             stand_ins.append(stand_in)
             entries.append(
@@ -70,9 +74,24 @@ class Update:
                 }
             )
         places = {id(p): q for p, q in zip(inner, stand_ins, strict=True)}
-        copy = twin(optimizer, places, entries)
+        copies = [twin(optimizer, places, entries) for optimizer in optimizers]
+        for copy, groups in zip(copies, settings, strict=True):
+            self._set(copy, groups)
+            with torch.enable_grad(), _Differentiable():
+                type(copy).step(copy)
+        self.result: Point = dict(self.point)
+        states = {id(q): s for copy in copies for q, s in copy.state.items()}
+        self._state = [dict(states.get(id(q), {})) for q in stand_ins]
+        for i in self._used:
+            self.result[i, THETA] = stand_ins[i]
+            for name, value in self._state[i].items():
+                if _is_differentiable(name, value):
+                    self.result[i, name] = value
+
+    def _set(self, copy: Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
+        """The settings of a twin, learned ones with a graph."""
         copy.defaults["differentiable"] = True
-        for group, known in zip(copy.param_groups, settings, strict=True):
+        for group, known in zip(copy.param_groups, groups, strict=True):
             group.update({k: _tracked(v) for k, v in resolved(dict(known), self._stand_in).items()})
             momentum = group.get("momentum")
             if isinstance(momentum, _Number) and float(momentum) == 0:
@@ -84,15 +103,6 @@ class Update:
             group.update(differentiable=True, foreach=False)
             if "fused" in group:
                 group["fused"] = False
-        with torch.enable_grad(), _Differentiable():
-            type(optimizer).step(copy)
-        self.result: Point = dict(self.point)
-        self._state = [dict(copy.state.get(q, {})) for q in stand_ins]
-        for i in self._used:
-            self.result[i, THETA] = stand_ins[i]
-            for name, value in self._state[i].items():
-                if _is_differentiable(name, value):
-                    self.result[i, name] = value
 
     def next_state(self) -> State:
         """s', without a graph."""

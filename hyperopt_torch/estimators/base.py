@@ -5,8 +5,8 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 
 from .._graph import explained
 from .._tensors import trainable
-from ..inner_optimizer import parameters_of
-from ..recording import Evaluation, TrainLoss, evaluate
+from ..inner_optimizer import learned, parameters_of
+from ..recording import OUTSIDE, Evaluation, InnerObjective, Record, World
 from ..report import SolveReport
 
 
@@ -25,39 +25,56 @@ class BilevelProblem:
     """The two levels as an estimator sees them, at one moment.
 
     Attributes:
-        inner, outer: the user's optimizers.
-        train_loss: the inner objective: a closure, or its value at the current parameters.
+        inner: the optimizers of θ, as they are beneath any wrapper.
+        outer: the optimizer of φ.
+        objective: the inner objective; None before there is one.
         keep_outer_graph: whether the validation loss must survive, as for a pure query.
+        averaged: where the validation loss was computed with an average of θ instead, its tensors.
+        scale: what losses are multiplied by against underflow, and gradients divided by.
+        hook_zeros: where hooks on inner parameters left no gradient in the last step, by number.
+        untouched: whether ``.grad`` is known to be as the backward pass left it.
+        self_check: whether to hold the first products against differences of gradients.
     """
 
-    inner: Optimizer
+    inner: Sequence[Optimizer]
     outer: Optimizer
-    train_loss: TrainLoss | None = None
+    objective: InnerObjective | None = None
     keep_outer_graph: bool = False
+    averaged: Sequence[Tensor] | None = None
+    scale: Tensor | None = None
+    hook_zeros: Mapping[int, Tensor] = field(default_factory=dict)
+    untouched: bool = False
+    self_check: bool = False
 
     def __post_init__(self) -> None:
-        self.inner_parameters = trainable(parameters_of(self.inner))
+        self.inner_parameters = trainable(p for o in self.inner for p in parameters_of(o))
         self.outer_parameters = trainable(parameters_of(self.outer))
         check_levels(self.inner_parameters, self.outer_parameters)
 
-    def evaluate_train_loss(self) -> Evaluation:
-        """The inner objective at the current parameters."""
-        if self.train_loss is None:
+    @property
+    def name(self) -> str:
+        """The inner optimizers, for messages."""
+        return " and ".join(dict.fromkeys(type(o).__name__ for o in self.inner))
+
+    def learned(self) -> list[Tensor]:
+        """Hyperparameters of the inner optimizers that are to be learned."""
+        return [phi for optimizer in self.inner for phi in learned(optimizer)]
+
+    def known_objective(self) -> InnerObjective:
+        """The inner objective, or RuntimeError with the remedy."""
+        if self.objective is None:
             raise RuntimeError(
                 "There is no training loss to differentiate: call inner_step(closure) with a "
                 "closure before outer_step(val_loss), or pass the loss at the current parameters, "
                 "outer_step(val_loss, train_loss). The tensor given to inner_step(loss) cannot "
                 "serve again: the parameters have moved since."
             )
-        return evaluate(self.train_loss)
+        return self.objective
 
     def explained_training_errors(self) -> AbstractContextManager[None]:
         """Around a differentiation of the training loss: what went wrong, in the user's terms."""
-        if callable(self.train_loss):
-            freed = (
-                "The training closure called backward() itself; it must only compute and return "
-                "the loss: the rest is done for it."
-            )
+        if self.objective is None or self.objective.repeatable:
+            freed = OUTSIDE + " Or it called backward(): it must only compute and return the loss."
         else:
             freed = (
                 "The graph of the training loss was freed by an earlier backward pass, such as "
@@ -65,7 +82,7 @@ class BilevelProblem:
             )
         moved = (
             "The training loss was computed before the parameters moved: pass the loss at the "
-            "current parameters, computed after inner_step, or a closure."
+            "current parameters, computed after inner_step, or a closure. " + OUTSIDE
         )
         return explained(freed=freed, moved=moved)
 
@@ -79,19 +96,26 @@ class BilevelProblem:
                 before the inner parameters moved.
         """
         check_outer_loss(outer_loss)
-        split = len(self.inner_parameters)
-        with explained(
-            freed="The graph of the validation loss was freed by an earlier call: compute the "
-            "validation loss anew for every outer_step.",
-            moved="The validation loss was computed before the parameters moved: compute it after "
-            "inner_step and before outer_step.",
+        inner = self.inner_parameters if self.averaged is None else list(self.averaged)
+        split = len(inner)
+        # Activation checkpoints run modules again.
+        with (
+            World([], inner[0].device),
+            explained(
+                freed="The graph of the validation loss was freed by an earlier call: compute the "
+                "validation loss anew for every outer_step.",
+                moved="The validation loss was computed before the parameters moved: compute it "
+                "after inner_step and before outer_step.",
+            ),
         ):
             grads = torch.autograd.grad(
-                outer_loss,
-                self.inner_parameters + self.outer_parameters,
+                outer_loss if self.scale is None else outer_loss * self.scale,
+                inner + self.outer_parameters,
                 allow_unused=True,
                 retain_graph=self.keep_outer_graph,
             )
+        if self.scale is not None:
+            grads = tuple(None if g is None else g / self.scale.to(g.dtype) for g in grads)
         if all(g is None for g in grads[:split]):
             raise RuntimeError(
                 "The validation loss depends on none of the inner parameters: does the inner "
@@ -182,24 +206,30 @@ class HypergradientEstimator(ABC):
 
     report: SolveReport | None = None
 
+    def claim(self, owner: object) -> None:
+        """Refuses to serve two owners at once, where a memory would be mixed up."""
+
     def check(self, problem: BilevelProblem) -> None:
         """Raises where the estimator cannot serve this problem; called before the first step."""
 
-    def recording(self, problem: BilevelProblem) -> AbstractContextManager[None]:
-        """Around the evaluation of the training loss in each inner step that is observed."""
-        return nullcontext()
-
     def before_backward(self, problem: BilevelProblem, evaluation: Evaluation) -> None:
-        """Called at each inner step that is observed, the graph of the loss still alive.
+        """Called at each recorded evaluation, the graph of the loss still alive.
 
         Whatever differentiates it must retain the graph, and keep nothing that holds it.
         """
 
-    def observe(self, problem: BilevelProblem) -> None:
+    def observe(self, problem: BilevelProblem, records: Sequence[Record]) -> None:
         """Called at each inner step: gradients are there, parameters have not moved yet.
 
-        Optimizers that evaluate the loss several times a step (LBFGS) show their first evaluation.
+        ``records`` are the micro-batches of this step. Optimizers that evaluate the loss several
+        times a step (LBFGS) show their first evaluation.
         """
+
+    def skipped(self, problem: BilevelProblem, records: Sequence[Record]) -> None:
+        """Called instead of :meth:`observe` where a GradScaler skipped the step."""
+
+    def stepped(self, problem: BilevelProblem) -> None:
+        """Called after each inner step: parameters are where the optimizer has put them."""
 
     @property
     def observes(self) -> bool:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,13 +13,15 @@ from .._tensors import FlatLayout, inner_product
 from ..curvature import Curvature, Hessian
 from ..ihvp import IHVP, Solution
 from ..ihvp.base import InnerStep
-from ..inner_optimizer import learned
-from ..operators import InnerGradient, LinearOperator, Shifted
-from ..recording import Evaluation, without_side_effects
-from ..report import SolveReport
+from ..inner_optimizer import Facts, Prober, parameters_of
+from ..operators import LinearOperator, Shifted
+from ..recording import Evaluation, InnerObjective, Record, sample_rows
+from ..report import SelfCheck, SolveReport
+from ._function import InnerFunction
+from ._moving import Moving, moving
+from ._self_check import self_check
 from .base import BilevelProblem, HypergradientEstimator, combined
 
-_BATCHED_ON_CPU = 4096  # parameters; from there on batching rows saves nothing there (measured)
 _JUMP = 0.5  # a move of θ larger than half of its norm is a replacement, not a step
 
 
@@ -51,78 +51,122 @@ class ImplicitDifferentiation(HypergradientEstimator):
         self.ihvp = ihvp
         self.curvature = curvature or Hessian()
         self._theta: Tensor | None = None  # of the last estimate, for a strategy that follows θ
-        # What before_backward knows of the step that observe will hand on.
-        self._step: Callable[[Tensor], InnerStep] = InnerStep
+        self._rows: list[InnerStep] = []  # what before_backward knows of the step under way
+        self._checked = False
+        self._prober = Prober()
 
     @property
     def observes(self) -> bool:
         return self.ihvp.observes
 
+    def claim(self, owner: object) -> None:
+        self.ihvp.claim(owner)
+
     def check(self, problem: BilevelProblem) -> None:
         _check_no_hyperparameter(problem)
 
     def before_backward(self, problem: BilevelProblem, evaluation: Evaluation) -> None:
+        if not self.ihvp.observes:
+            return
         parameters, losses = problem.inner_parameters, evaluation.per_sample
         layout = FlatLayout(parameters)
         chosen = [] if losses is None else self.ihvp.samples_wanted(len(losses))
-        rows = None
-        if chosen:
-            # Activation checkpointing runs modules again, which must not show.
-            with without_side_effects(layout.device):
-                rows = _sample_rows(evaluation, parameters, layout, chosen)
-        self._step = partial(
-            InnerStep,
-            batch_size=evaluation.batch_size,
-            weights=None if evaluation.weights is None else evaluation.weights.detach(),
-            chosen=chosen,
-            chosen_rows=rows,
+        rows = sample_rows(evaluation, parameters, layout, chosen) if chosen else None
+        self._rows.append(
+            InnerStep(
+                parameters[0].new_zeros(0),
+                batch_size=evaluation.batch_size,
+                weights=None if evaluation.weights is None else evaluation.weights.detach(),
+                chosen=chosen,
+                chosen_rows=rows,
+            )
         )
 
-    def observe(self, problem: BilevelProblem) -> None:
+    def observe(self, problem: BilevelProblem, records: Sequence[Record]) -> None:
+        parts, self._rows = self._rows, []
+        if not self.ihvp.observes:
+            return
         parameters = problem.inner_parameters
         gradient = FlatLayout(parameters).flatten([p.grad for p in parameters])
-        step, self._step = self._step(gradient), InnerStep
         with torch.no_grad():
-            self.ihvp.observe(step)
+            self.ihvp.observe(_joined(gradient, parts))
+
+    def skipped(self, problem: BilevelProblem, records: Sequence[Record]) -> None:
+        self.observe(problem, records)  # a strategy leaves out what is not finite
 
     def estimate(self, problem: BilevelProblem, outer_loss: Tensor) -> list[Tensor | None]:
         self.check(problem)
         # b and c first: evaluating the closure may bump versions that the outer graph has saved.
         b_parts, direct = problem.outer_gradients(outer_loss)
-        evaluation = problem.evaluate_train_loss()
-        with problem.explained_training_errors():
-            inner_gradient = InnerGradient(
-                evaluation.loss,
-                problem.inner_parameters,
-                problem.outer_parameters,
-                evaluation.outputs,
-            )
-        layout = inner_gradient.layout
-        decay = _weight_decay(problem, layout)
-        if self.ihvp.observes and not (evaluation.penalty is None and decay is None):
-            curvature = _mean_curvature(evaluation.penalty, problem.inner_parameters, layout)
-            self.ihvp.observe_penalty(curvature if decay is None else curvature + decay.mean())
+        objective = problem.known_objective()
+        layout = FlatLayout(problem.inner_parameters)
+        facts = self._facts(problem)
         self._notice_jump(layout.flatten([p.detach() for p in problem.inner_parameters]))
         b = layout.flatten(b_parts)
-        operator = self.curvature.operator(inner_gradient)
-        with torch.no_grad():
-            if decay is not None:
-                operator = Shifted(operator, decay)
-            solution, cross = self._solve(operator, b)
-        gradient = inner_gradient.gradient
+        with objective.world:
+            f = InnerFunction(problem, objective, self.curvature, facts.sign)
+            decay = _as_vector(facts.decay, layout)
+            if self.ihvp.observes and not (f.penalty is None and decay is None):
+                penalty = torch.zeros_like(b[0]) if f.penalty is None else f.penalty
+                self.ihvp.observe_penalty(penalty if decay is None else penalty + decay.mean())
+            operator = f.operator
+            with torch.no_grad():
+                if decay is not None:
+                    operator = Shifted(operator, decay)
+                mask = moving(problem.hook_zeros, f.gradient, layout)
+                if mask is not None:
+                    operator, b = Moving(operator, mask), mask * b
+                solution, cross = self._solve(operator, b)
+            check = self._self_check(problem, objective, f)
+        gradient = f.gradient
         if decay is not None:
             theta = layout.flatten([p.detach() for p in problem.inner_parameters])
             gradient = gradient + decay * theta
-        self.report = self._report(solution, operator, b, gradient)
-        parts = inner_gradient.outer_layout.unflatten(-cross)
+        report = self._report(solution, operator, b, gradient)
+        self.report = replace(
+            report,
+            loss=f.loss,
+            precision=f.precision,
+            self_check=check,
+            notes=report.notes + facts.notes,
+        )
+        parts = f.outer_layout.unflatten(-cross)
         return combined(
             direct,
             parts,
-            inner_gradient.reached,
+            f.reached,
             "The training loss depends on none of the outer parameters, so the hypergradient is "
             "the direct term ∂g/∂φ alone. Implicit differentiation cannot tune what does not enter "
             "the training loss.",
         )
+
+    def _facts(self, problem: BilevelProblem) -> Facts:
+        """Of all inner optimizers together."""
+        found = []
+        for optimizer in problem.inner:
+            own = set(map(id, parameters_of(optimizer)))
+            parameters = [p for p in problem.inner_parameters if id(p) in own]
+            found.append((parameters, self._prober.facts(optimizer, parameters)))
+        if len({facts.sign for _, facts in found}) > 1:
+            raise ValueError(
+                "Some inner optimizers minimise and some maximise: that is a saddle point, no "
+                "optimum of one inner objective. Use estimator=Unrolled() or PZOBO()."
+            )
+        decay = {id(p): d for ps, facts in found for p, d in zip(ps, facts.decay, strict=True)}
+        return Facts(
+            found[0][1].sign,
+            [decay[id(p)] for p in problem.inner_parameters],
+            tuple(note for _, facts in found for note in facts.notes),
+        )
+
+    def _self_check(
+        self, problem: BilevelProblem, objective: InnerObjective, f: InnerFunction
+    ) -> SelfCheck | None:
+        """Once: products against differences of gradients; None where it was done, or cannot be."""
+        if not problem.self_check or self._checked or not objective.repeatable:
+            return None
+        self._checked = True
+        return self_check(problem, objective, f)
 
     def _notice_jump(self, theta: Tensor) -> None:
         """Resets a strategy that follows a path where θ was replaced under it: one sync."""
@@ -135,13 +179,18 @@ class ImplicitDifferentiation(HypergradientEstimator):
                 self.ihvp.reset()
 
     def _solve(self, operator: LinearOperator, b: Tensor) -> tuple[Solution, Tensor]:
-        found = self.ihvp.solve(operator, b)
-        solution = found if isinstance(found, Solution) else Solution(found)
+        solution = self.ihvp.solution(operator, b)
         if solution.cross is not None:
             return solution, solution.cross
-        Hx, cross = operator.joint(solution.x)
-        r = b - Hx - self.ihvp.damping * solution.x
-        return replace(solution, residual=_relative(operator, r, b)), cross
+        x = solution.x
+        Hx, cross = operator.joint(x)
+        Ax = Hx + self.ihvp.damping * x
+        solution = replace(
+            solution,
+            residual=_relative(operator, b - Ax, b),
+            curvature=operator.inner(x, Ax),
+        )
+        return solution, cross
 
     def _report(
         self, solution: Solution, operator: LinearOperator, b: Tensor, gradient: Tensor
@@ -159,6 +208,8 @@ class ImplicitDifferentiation(HypergradientEstimator):
             rank=solution.rank,
             negative_curvature=solution.negative_curvature,
             converged=solution.converged,
+            damping=self.ihvp.damping,
+            curvature=solution.curvature,
             notes=solution.notes,
         )
 
@@ -176,71 +227,34 @@ class ImplicitDifferentiation(HypergradientEstimator):
         self._theta = None if theta is None else theta.clone()
 
 
-def _sample_rows(
-    evaluation: Evaluation, parameters: list[Tensor], layout: FlatLayout, chosen: Sequence[int]
-) -> Tensor:
-    """(m, n) rows √w_i ∇ℓ_i for the chosen samples; a negative weight counts as zero.
-
-    One backward pass a row, through the graph of the whole batch: the losses share it.
-    """
-    losses, weights = evaluation.per_sample, evaluation.weights
-    assert losses is not None
-    index = torch.tensor(chosen, device=losses.device)
-    seeds = torch.zeros(len(chosen), len(losses), dtype=losses.dtype, device=losses.device)
-    root = torch.ones_like(losses) if weights is None else weights.detach().clamp(min=0).sqrt()
-    root = root.to(losses.dtype).index_select(0, index)
-    seeds.scatter_(1, index[:, None], root[:, None])
-
-    def pull(seed: Tensor, batched: bool) -> Tensor:
-        grads = torch.autograd.grad(
-            losses, parameters, seed, retain_graph=True, allow_unused=True, is_grads_batched=batched
-        )
-        return layout.flatten(grads, batched=batched)
-
-    if layout.n <= _BATCHED_ON_CPU or layout.device.type != "cpu":
-        with suppress(RuntimeError):  # an operation without a batching rule, or out of memory
-            return pull(seeds, batched=True)
-    return torch.stack([pull(seed, batched=False) for seed in seeds])
+def _joined(gradient: Tensor, parts: Sequence[InnerStep]) -> InnerStep:
+    """One inner step of its micro-batches; samples are numbered through."""
+    if len(parts) == 1:
+        return replace(parts[0], gradient=gradient)
+    sizes = [part.batch_size for part in parts]
+    told = [size for size in sizes if size is not None]
+    whole = sum(told) if told and len(told) == len(parts) else None
+    weights = [part.weights for part in parts if part.weights is not None]
+    rows = [part.chosen_rows for part in parts if part.chosen_rows is not None]
+    starts = [sum(told[:i]) for i in range(len(parts))] if whole is not None else []
+    chosen = [
+        start + sample for start, part in zip(starts, parts, strict=False) for sample in part.chosen
+    ]
+    return InnerStep(
+        gradient,
+        batch_size=whole,
+        weights=torch.cat(weights) if weights and len(weights) == len(parts) else None,
+        chosen=chosen,
+        chosen_rows=torch.cat(rows) if rows and len(chosen) == sum(map(len, rows)) else None,
+    )
 
 
-def _weight_decay(problem: BilevelProblem, layout: FlatLayout) -> Tensor | None:
-    """The curvature that the inner optimizer's own weight decay adds: (n,), or () if uniform.
-
-    ``torch.optim``'s optimizers but AdamW add weight_decay·θ to the gradient, so they minimise
-    f + weight_decay·‖θ‖²/2. Decoupled decay is no part of any objective, and counts for nothing
-    here; nor does that of optimizers whose code is not known.
-    """
-    if not type(problem.inner).__module__.startswith("torch.optim"):
-        return None
-    decays = {}
-    for group in problem.inner.param_groups:
-        decoupled = isinstance(problem.inner, torch.optim.AdamW)
-        decoupled = decoupled or group.get("decoupled_weight_decay", False)
-        for p in group["params"]:
-            decays[id(p)] = 0.0 if decoupled else group.get("weight_decay", 0.0)
-    found = [decays[id(p)] for p in problem.inner_parameters]
-    if all(isinstance(d, (int, float)) and d == found[0] for d in found):
-        return (
-            torch.tensor(found[0], dtype=layout.dtype, device=layout.device) if found[0] else None
-        )
-    values = [torch.as_tensor(d, dtype=layout.dtype, device=layout.device) for d in found]
-    return torch.cat([d.expand(n) for d, n in zip(values, layout.sizes, strict=True)])
-
-
-def _mean_curvature(penalty: Tensor | None, parameters: list[Tensor], layout: FlatLayout) -> Tensor:
-    """1ᵀH1/n for the Hessian H of the penalty: its mean diagonal entry, where H is diagonal."""
-    total = torch.zeros((), dtype=layout.dtype, device=layout.device)
-    if penalty is None or not penalty.requires_grad:
-        return total
-    grads = torch.autograd.grad(penalty, parameters, create_graph=True, allow_unused=True)
-    live = [g for g in grads if g is not None and g.requires_grad]
-    if live:
-        ones = [torch.ones_like(g) for g in live]
-        H1 = torch.autograd.grad(live, parameters, ones, retain_graph=True, allow_unused=True)
-        for part in H1:
-            if part is not None:
-                total = total + part.sum(dtype=layout.dtype)
-    return total / layout.n
+def _as_vector(decay: Sequence[float], layout: FlatLayout) -> Tensor | None:
+    """The curvature that the inner optimizer's own weight decay adds: (n,), or () if uniform."""
+    whole = torch.empty(0, dtype=layout.dtype, device=layout.device)
+    if all(d == decay[0] for d in decay):
+        return whole.new_full((), decay[0]) if decay[0] else None
+    return torch.cat([whole.new_full((n,), d) for d, n in zip(decay, layout.sizes, strict=True)])
 
 
 def _relative(operator: LinearOperator, r: Tensor, b: Tensor) -> Tensor:
@@ -250,7 +264,7 @@ def _relative(operator: LinearOperator, r: Tensor, b: Tensor) -> Tensor:
 
 
 def _check_no_hyperparameter(problem: BilevelProblem) -> None:
-    tuned = {id(t) for t in problem.outer_parameters} & {id(t) for t in learned(problem.inner)}
+    tuned = {id(t) for t in problem.outer_parameters} & {id(t) for t in problem.learned()}
     if tuned:
         raise ValueError(
             f"{len(tuned)} outer parameter(s) are hyperparameters of the inner optimizer, such as "

@@ -11,21 +11,20 @@ from torch import Tensor
 from .._graph import check_twice_differentiable, graph_leaves, graph_nodes
 from .._tensors import FlatLayout, draw_seed, inner_product, seeded_generator, seeded_rng
 from ..errors import check_choice, check_count, check_number
-from ..inner_optimizer import learned, standing_in, step_hooks
-from ..recording import (
-    RecordedStep,
-    State,
-    again,
-    buffers_at,
-    check_repeatable,
-    copied,
-    earliest,
-    same_loss,
-    set_random_state,
-)
+from ..inner_optimizer import Change, standing_in, step_hooks, unchanged
+from ..recording import Record, State, World, check_repeatable, copied
 from ..report import SolveReport
 from ._linearised import THETA, Point, Update
-from ._trajectory import TrajectoryEstimator, follow
+from ._trajectory import (
+    RecordedStep,
+    TrajectoryEstimator,
+    again_checked,
+    all_skipped,
+    follow,
+    plus,
+    records_of,
+    world_of,
+)
 from .base import BilevelProblem, combined
 
 _SMOOTHING = {torch.float64: 1e-5, torch.float32: 1e-3}  # relative to 1 + rms(φ)
@@ -95,6 +94,8 @@ class PZOBO(TrajectoryEstimator):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(window=None, every_step=False)
+        self._after: list[Tensor] | None = None  # θ after the last step
+        self._astray: Tensor | None = None
         self.num_directions = check_count("num_directions", num_directions)
         self.smoothing = None if smoothing is None else check_number("smoothing", smoothing)
         self.directions = check_choice("directions", directions, ("gaussian", "per_tensor"))
@@ -109,11 +110,10 @@ class PZOBO(TrajectoryEstimator):
         )
 
     def check(self, problem: BilevelProblem) -> None:
-        if self.smoothing == 0 and (
-            "differentiable" not in problem.inner.defaults or step_hooks(problem.inner)
-        ):
+        exact = all("differentiable" in o.defaults and not step_hooks(o) for o in problem.inner)
+        if self.smoothing == 0 and not exact:
             raise ValueError(
-                f"Invalid smoothing: 0; {type(problem.inner).__name__} has no `differentiable` "
+                f"Invalid smoothing: 0; {problem.name} has no `differentiable` "
                 "form, or hooks around its step, so the limit itself cannot be taken. Expected "
                 "smoothing > 0, or None."
             )
@@ -122,14 +122,20 @@ class PZOBO(TrajectoryEstimator):
         self.check(problem)
         b, direct = problem.outer_gradients(outer_loss)
         steps = self.recorded(problem)
+        if not steps:
+            self.report, nothing = all_skipped(repr(self), problem, b, direct)
+            return nothing
         layout = FlatLayout(problem.outer_parameters)
         U = self._draw(layout)  # (Q, h)
         started = self.started_from(problem)
-        if self.smoothing == 0:
-            slopes, reached = _exact(problem, steps, started, b, layout, U)
-        else:
-            slopes, reached = self._differences(problem, steps, started, b, layout, U)
-        tuned = {id(t) for t in learned(problem.inner)} | reached
+        astray = self._moved(problem)
+        with world_of(problem, steps) as world:
+            if self.smoothing == 0:
+                slopes, reached = _exact(problem, steps, world, started, b, layout, U)
+            else:
+                run = _Runs(problem, steps, world, started)
+                slopes, reached = self._differences(problem, run, b, layout, U, astray)
+        tuned = {id(t) for t in problem.learned()} | reached
         tuned |= {id(problem.outer_parameters[i]) for i in started}
         indirect = slopes.to(U.dtype) @ U / self.num_directions
         runs = self.num_directions * (2 if self.antithetic and self.smoothing != 0 else 1)
@@ -138,6 +144,7 @@ class PZOBO(TrajectoryEstimator):
             matvecs=0,
             rhs_norm=_dot(b, b).sqrt(),
             gradients=len(steps) * (1 if self.smoothing == 0 else runs),
+            astray=astray,
         )
         return combined(
             direct,
@@ -146,6 +153,26 @@ class PZOBO(TrajectoryEstimator):
             "No inner step on record depends on any outer parameter, so the hypergradient is the "
             "direct term ∂g/∂φ alone.",
         )
+
+    def observe(self, problem: BilevelProblem, records: Sequence[Record]) -> None:
+        self._astray, self._after = self._moved(problem), None
+        super().observe(problem, records)
+
+    def stepped(self, problem: BilevelProblem) -> None:
+        self._after = [p.detach().clone() for p in problem.inner_parameters]
+
+    def restart(self) -> None:
+        super().restart()
+        self._after, self._astray = None, None
+
+    def _moved(self, problem: BilevelProblem) -> Tensor | None:
+        """How often θ was not where the last step had put it; 0-d, None if there was no step."""
+        if self._after is None or not self._steps:
+            return self._astray
+        pairs = zip(self._after, problem.inner_parameters, strict=True)
+        moved = [(x != p.detach()).any() for x, p in pairs if x.shape == p.shape]
+        count = torch.stack(moved).any().long()
+        return count if self._astray is None else self._astray + count
 
     def _draw(self, layout: FlatLayout) -> Tensor:
         """(Q, h) directions."""
@@ -162,38 +189,27 @@ class PZOBO(TrajectoryEstimator):
     def _differences(
         self,
         problem: BilevelProblem,
-        steps: list[RecordedStep],
-        started: list[int],
+        run: _Runs,
         b: Sequence[Tensor | None],
         layout: FlatLayout,
         U: Tensor,
+        astray: Tensor | None,
     ) -> tuple[Tensor, set[int]]:
         """((Q,) ⟨δ_j, b⟩, ids of what the losses depended on)."""
-        outer = problem.outer_parameters
-        phi = layout.flatten([t.detach() for t in outer])
+        phi = layout.flatten([t.detach() for t in problem.outer_parameters])
         mu = self._radius(problem, phi)
+        run.check_repeatable()
         base = [p.detach().clone() for p in problem.inner_parameters]
-
-        def run(shift: Tensor) -> list[Tensor]:
-            values = [
-                value.to(t.dtype)
-                for value, t in zip(layout.unflatten(phi + shift), outer, strict=True)
-            ]
-            initial = [values[i] for i in started] if started else None
-            with standing_in(outer, values):
-                end, depended = follow(problem, steps, initial)
-            reached.update(depended)
-            return end
-
-        reached: set[int] = set()
-        check_repeatable([_first_loss_again(problem, steps[0])])
+        # Where θ is not where the steps lead to, neither are the other runs.
+        if not run.ready or (astray is not None and not self.antithetic and bool(astray)):
+            base = run(layout.unflatten(phi))
         slopes = []
         for u in U:
-            ahead = run(mu * u)
-            back = run(-mu * u) if self.antithetic else base
+            ahead = run(layout.unflatten(phi + mu * u))
+            back = run(layout.unflatten(phi - mu * u)) if self.antithetic else base
             gap = [x - y for x, y in zip(ahead, back, strict=True)]
             slopes.append(_dot(gap, b) / (2 * mu if self.antithetic else mu))
-        return torch.stack(slopes), reached
+        return torch.stack(slopes), run.reached
 
     def _radius(self, problem: BilevelProblem, phi: Tensor) -> Tensor:
         """μ, a 0-d tensor."""
@@ -210,17 +226,55 @@ class PZOBO(TrajectoryEstimator):
         self.seed, self._draws = state_dict["seed"], state_dict["draws"]
 
 
-def _first_loss_again(problem: BilevelProblem, step: RecordedStep) -> Tensor:
-    """Whether the closure gives the recorded loss at the recorded point; 0-d bool."""
-    assert step.parameters is not None
-    set_random_state(problem.inner_parameters[0].device, step.random)
-    with standing_in(problem.inner_parameters, step.parameters), buffers_at(step.buffers):
-        return same_loss(step.loss, again(step).loss.detach())
+class _Runs:
+    """The inner steps on record, taken again from their start at other φ.
+
+    Attributes:
+        reached: ids of the tensors that any of the losses depended on.
+    """
+
+    def __init__(
+        self,
+        problem: BilevelProblem,
+        steps: list[RecordedStep],
+        world: World,
+        started: list[int],
+    ) -> None:
+        self._problem, self._steps, self._world, self._started = problem, steps, world, started
+        self._changes: list[Change] = []
+        self.reached: set[int] = set()
+        if all(step.seen is None for step in steps):
+            self._changes = [unchanged] * len(steps)
+
+    @property
+    def ready(self) -> bool:
+        """Whether it is known what became of the gradient: otherwise the first run must be at φ."""
+        return bool(self._changes)
+
+    def __call__(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """θ at the end, with these ``values`` of the outer parameters."""
+        initial = [values[i] for i in self._started] if self._started else None
+        with standing_in(self._problem.outer_parameters, values):
+            end, depended = follow(self._problem, self._steps, self._world, self._changes, initial)
+        self.reached.update(depended)
+        return end
+
+    def check_repeatable(self) -> None:
+        """RuntimeError unless the first step's closures give the recorded losses again."""
+        step = self._steps[0]
+        assert step.parameters is not None
+        agree: list[Tensor] = []
+        inner = self._problem.inner_parameters
+        with standing_in(inner, step.parameters), self._world.fresh(step.records):
+            for record in step.records:
+                again_checked(record, agree)
+        check_repeatable(agree)
 
 
 def _exact(
     problem: BilevelProblem,
     steps: list[RecordedStep],
+    world: World,
     started: list[int],
     b: Sequence[Tensor | None],
     layout: FlatLayout,
@@ -231,7 +285,7 @@ def _exact(
     assert first.parameters is not None
     assert first.state is not None
     inner, outer = problem.inner_parameters, problem.outer_parameters
-    tuned = [t for t in learned(problem.inner) if any(t is phi for phi in outer)]
+    tuned = [t for t in problem.learned() if any(t is phi for phi in outer)]
     directions = [layout.unflatten(u) for u in U]
     tangents: list[Point] = [
         {(theta, THETA): u[phi] for theta, phi in enumerate(started)} for u in directions
@@ -243,26 +297,30 @@ def _exact(
     parameters = [p.clone() for p in first.parameters]
     state: State = copied(first.state)
     reached: set[int] = set()
-    agree = []
-    with buffers_at(earliest(steps)):
+    agree: list[Tensor] = []
+    with world.fresh(records_of(steps)):
         for step in steps:
-            set_random_state(inner[0].device, step.random)
+            gradients: list[Tensor | None] = [None] * len(inner)
+            moved: list[list[Tensor | None]] = [[None] * len(inner) for _ in U]
             with standing_in(inner, parameters), problem.explained_training_errors():
-                loss = again(step).loss
-                agree.append(same_loss(step.loss, loss.detach()))
-                nodes = graph_nodes(loss)
-                check_twice_differentiable(nodes)
-                reached.update(map(id, graph_leaves(nodes)))
-                grads = torch.autograd.grad(
-                    loss, [*inner, *outer], create_graph=True, allow_unused=True
-                )
-                moved = [
-                    _gradient_tangent(grads, inner, t, u)
-                    for t, u in zip(tangents, directions, strict=True)
-                ]
-            gradients = [None if g is None else g.detach() for g in grads[: len(inner)]]
+                for weight, record in zip(step.weights, step.records, strict=True):
+                    loss = again_checked(record, agree).loss
+                    nodes = graph_nodes(loss)
+                    check_twice_differentiable(nodes)
+                    reached.update(map(id, graph_leaves(nodes)))
+                    grads = torch.autograd.grad(
+                        loss, [*inner, *outer], create_graph=True, allow_unused=True
+                    )
+                    own = [None if g is None else g.detach() for g in grads[: len(inner)]]
+                    gradients = [plus(s, weight, g) for s, g in zip(gradients, own, strict=True)]
+                    for j, (t, u) in enumerate(zip(tangents, directions, strict=True)):
+                        parts = _gradient_tangent(grads, inner, t, u)
+                        moved[j] = [
+                            plus(s, weight, g) for s, g in zip(moved[j], parts, strict=True)
+                        ]
+            change = step.change_from(gradients)
             update = Update(
-                problem.inner, step.settings, parameters, state, gradients, inner, tuned
+                problem.inner, step.settings, parameters, state, gradients, change, inner, tuned
             )
             tangents = [update.push(t, g, e) for t, g, e in zip(tangents, moved, eta, strict=True)]
             parameters = [update.result[i, THETA].detach() for i in range(len(inner))]

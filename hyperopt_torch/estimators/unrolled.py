@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-from .._tensors import inner_product
+from .._tensors import FlatLayout, inner_product
 from ..errors import check_count
-from ..inner_optimizer import learned, standing_in, step_hooks
+from ..inner_optimizer import standing_in, step_hooks
 from ..operators import InnerGradient
-from ..recording import (
-    RecordedStep,
-    again,
-    buffers_at,
-    check_repeatable,
-    same_loss,
-    set_random_state,
-)
+from ..recording import World, check_repeatable
 from ..report import SolveReport
 from ._linearised import THETA, Point, Update
-from ._trajectory import TrajectoryEstimator
+from ._trajectory import (
+    RecordedStep,
+    TrajectoryEstimator,
+    again_checked,
+    all_skipped,
+    plus,
+    world_of,
+)
 from .base import BilevelProblem, combined
 
 _ASTRAY = 1e-2  # of a step: a larger gap to the next point on record is no rounding
@@ -83,13 +84,17 @@ class Unrolled(TrajectoryEstimator):
         return f"Unrolled(window={self.window})"
 
     def check(self, problem: BilevelProblem) -> None:
-        name = type(problem.inner).__name__
-        if "differentiable" not in problem.inner.defaults:
+        for optimizer in problem.inner:
+            self._check(optimizer)
+
+    def _check(self, optimizer: Optimizer) -> None:
+        name = type(optimizer).__name__
+        if "differentiable" not in optimizer.defaults:
             raise ValueError(
                 f"{name} has no `differentiable` form, so Unrolled cannot differentiate its step; "
                 "estimator=PZOBO(), which only runs it, can."
             )
-        if step_hooks(problem.inner):
+        if step_hooks(optimizer):
             raise ValueError(
                 f"Unrolled does not see what the hooks around {name}.step() do, such as clipping; "
                 "estimator=PZOBO(), which only runs them, does."
@@ -99,12 +104,16 @@ class Unrolled(TrajectoryEstimator):
         self.check(problem)
         b, direct = problem.outer_gradients(outer_loss)
         steps = self.recorded(problem)
-        sweep = _Sweep(problem, b)
+        if not steps:
+            self.report, nothing = all_skipped(repr(self), problem, b, direct)
+            return nothing
         after = [p.detach() for p in problem.inner_parameters]
-        for step in reversed(steps):
-            sweep.back(step, after)
-            assert step.parameters is not None
-            after = step.parameters
+        with world_of(problem, steps) as world:
+            sweep = _Sweep(problem, b, world)
+            for step in reversed(steps):
+                sweep.back(step, after)
+                assert step.parameters is not None
+                after = step.parameters
         check_repeatable(sweep.agree)
         indirect = sweep.indirect
         for theta, phi in enumerate(self.started_from(problem)):
@@ -124,10 +133,10 @@ class Unrolled(TrajectoryEstimator):
 class _Sweep:
     """The adjoint recursion: what it carries from step to step, backwards."""
 
-    def __init__(self, problem: BilevelProblem, b: Sequence[Tensor | None]) -> None:
-        self.problem = problem
+    def __init__(self, problem: BilevelProblem, b: Sequence[Tensor | None], world: World) -> None:
+        self.problem, self.world = problem, world
         outer = problem.outer_parameters
-        self.learned = [phi for phi in learned(problem.inner) if any(phi is o for o in outer)]
+        self.learned = [phi for phi in problem.learned() if any(phi is o for o in outer)]
         self.adjoint: Point = {(i, THETA): g for i, g in enumerate(b) if g is not None}
         self.indirect = [torch.zeros_like(phi) for phi in outer]
         tuned = {id(phi) for phi in self.learned}
@@ -142,35 +151,28 @@ class _Sweep:
         assert step.state is not None
         problem = self.problem
         inner, outer = problem.inner_parameters, problem.outer_parameters
-        set_random_state(inner[0].device, step.random)
-        with standing_in(inner, step.parameters), buffers_at(step.buffers):
-            with problem.explained_training_errors():
-                evaluation = again(step)
-                f = InnerGradient(evaluation.loss, inner, outer)
-            self.agree.append(same_loss(step.loss, evaluation.loss.detach()))
-            self.gradient = f.gradient if self.gradient is None else self.gradient
-            gradients = [
-                g if used else None
-                for g, used in zip(f.layout.unflatten(f.gradient), f.used, strict=True)
-            ]
+        with standing_in(inner, step.parameters):
+            terms = _Terms(problem, step, self.world, self.agree)
+            self.gradient = terms.gradient if self.gradient is None else self.gradient
             update = Update(
                 problem.inner,
                 step.settings,
                 step.parameters,
                 step.state,
-                gradients,
+                terms.gradients,
+                step.change_from(terms.gradients),
                 inner,
                 self.learned,
             )
             self.astray.append(_astray(update, step.parameters, after))
             self.adjoint, pulled, eta = update.pull(self.adjoint)
-            Hx, cross = f.joint(f.layout.flatten(pulled))
-        for i, part in enumerate(f.layout.unflatten(Hx)):
-            if f.used[i]:
+            Hx, cross = terms.joint(pulled)
+        for i, part in enumerate(Hx):
+            if part is not None:
                 known = self.adjoint.get((i, THETA))
                 self.adjoint[i, THETA] = part if known is None else known + part
-        for j, part in enumerate(f.outer_layout.unflatten(cross)):
-            if f.reached[j]:
+        for j, part in enumerate(cross):
+            if part is not None:
                 self.reached[j] = True
                 self.indirect[j] = self.indirect[j] + part
             if id(outer[j]) in eta:
@@ -188,6 +190,64 @@ class _Sweep:
             growth=start / torch.where(size > 0, size, 1.0),
             astray=torch.stack(self.astray).sum(),
         )
+
+
+class _Terms:
+    """∇f of one step, f = Σ w_i f_i over its micro-batches, and its derivative.
+
+    The graph of a single batch is kept; of several, one is alive at a time.
+
+    Attributes:
+        gradient: (n,) ∇f.
+        gradients: the same, for each parameter; None where f does not depend on it.
+    """
+
+    def __init__(
+        self, problem: BilevelProblem, step: RecordedStep, world: World, agree: list[Tensor]
+    ) -> None:
+        self._problem, self._step, self._world = problem, step, world
+        self._only: InnerGradient | None = None
+        self.gradients: list[Tensor | None] = [None] * len(problem.inner_parameters)
+        for weight, f in self._each(agree):
+            self._only = f if len(step.records) == 1 else None
+            parts = zip(f.layout.unflatten(f.gradient), f.used, strict=True)
+            self.gradients = [
+                plus(total, weight, g if used else None)
+                for total, (g, used) in zip(self.gradients, parts, strict=True)
+            ]
+        self.gradient = FlatLayout(problem.inner_parameters).flatten(self.gradients)
+
+    def _each(self, agree: list[Tensor]) -> Iterator[tuple[float, InnerGradient]]:
+        problem, step = self._problem, self._step
+        with self._world.fresh(step.records):
+            for weight, record in zip(step.weights, step.records, strict=True):
+                with problem.explained_training_errors():
+                    evaluation = again_checked(record, agree)
+                    inner, outer = problem.inner_parameters, problem.outer_parameters
+                    gradient = InnerGradient(evaluation.loss, inner, outer)
+                del evaluation
+                yield weight, gradient
+                del gradient
+
+    def joint(
+        self, pulled: Sequence[Tensor | None]
+    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """(Hx, Jᵀx) for each parameter of the levels; None where f does not depend on it."""
+        problem = self._problem
+        Hx: list[Tensor | None] = [None] * len(problem.inner_parameters)
+        cross: list[Tensor | None] = [None] * len(problem.outer_parameters)
+        only = self._only
+        for weight, f in self._each([]) if only is None else [(1.0, only)]:
+            if len(self._step.records) == 1:
+                weight = self._step.weights[0]
+            product, pulled_cross = f.joint(f.layout.flatten(pulled))
+            parts = zip(f.layout.unflatten(product), f.used, strict=True)
+            Hx = [plus(a, weight, g if u else None) for a, (g, u) in zip(Hx, parts, strict=True)]
+            parts = zip(f.outer_layout.unflatten(pulled_cross), f.reached, strict=True)
+            cross = [
+                plus(a, weight, g if u else None) for a, (g, u) in zip(cross, parts, strict=True)
+            ]
+        return Hx, cross
 
 
 def _astray(update: Update, before: list[Tensor], after: list[Tensor]) -> Tensor:

@@ -34,6 +34,7 @@ class Solution:
     negative_curvature: Tensor | bool | None = None
     converged: Tensor | bool | None = None
     notes: tuple[str, ...] = ()
+    curvature: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,9 @@ class Memory:
         for name, part in parts.items():
             part.load_state_dict(state_dict["parts"][name])
 
+    def claim(self, owner: object) -> None:
+        pass
+
     @property
     def observes(self) -> bool:
         """Whether inner steps are of interest; a step does nothing for a strategy otherwise."""
@@ -187,6 +191,10 @@ class IHVP(Memory, ABC):
     @abstractmethod
     def solve(self, operator: LinearOperator, rhs: Tensor) -> Tensor | Solution:
         """x ≈ (H + damping·I)⁻¹ rhs: (n,) -> (n,), alone or in a :class:`Solution`."""
+
+    def solution(self, operator: LinearOperator, rhs: Tensor) -> Solution:
+        found = self.solve(operator, rhs)
+        return found if isinstance(found, Solution) else Solution(found)
 
 
 def rescaled(operator: LinearOperator, damping: float, rhs: Tensor, x: Tensor) -> Solution:

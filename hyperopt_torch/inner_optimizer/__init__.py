@@ -1,10 +1,17 @@
 """The inner optimizer as it acts: facts about its step, a stand-in, learned hyperparameters."""
 
-from .facts import needs_closure, parameters_of
+from .facts import Facts, Prober, needs_closure, parameters_of, unwrapped
+from .gradient import Change, Gradients, SeenGradient, unchanged
 from .learned import learn_hyperparameter, learned, numbers, plain, relink, resolved
-from .stand_in import own_grads, standing_in, step_hooks, take_step, twin
+from .stand_in import StepHook, own_grads, standing_in, step_hooks, take_step, twin
 
 __all__ = [
+    "Change",
+    "Facts",
+    "Gradients",
+    "Prober",
+    "SeenGradient",
+    "StepHook",
     "learn_hyperparameter",
     "learned",
     "needs_closure",
@@ -18,4 +25,6 @@ __all__ = [
     "step_hooks",
     "take_step",
     "twin",
+    "unchanged",
+    "unwrapped",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,9 @@ from torch.optim import Optimizer
 
 from ..errors import check_choice
 
-_KEY = "learned"  # in a parameter group: {name: (φ, transform, index)}
+_KEY = "learned"  # in a parameter group: {place: (φ, transform)}
+_SHOWN = "learned_values"  # beside it, the number that each place showed last
+_OURS = ("params", _KEY, _SHOWN)
 
 _FORWARD: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda phi: phi,
@@ -78,8 +80,10 @@ def learn_hyperparameter(
         parameters.append(nn.Parameter(phi.to(device)))
     for group, parameter in zip(optimizer.param_groups, parameters, strict=True):
         links = dict(group.get(_KEY, {}))
-        links[name if index is None else f"{name}[{index}]"] = (parameter, transform)
+        place = name if index is None else f"{name}[{index}]"
+        links[place] = (parameter, transform)
         group[_KEY] = links
+        group.setdefault(_SHOWN, {})[place] = _entry(group, place)
     return parameters
 
 
@@ -102,7 +106,7 @@ def learned(optimizer: Optimizer) -> list[Tensor]:
     found: dict[int, Tensor] = {}
     for group in optimizer.param_groups:
         for name, value in group.items():
-            if name in ("params", _KEY):
+            if name in _OURS:
                 continue
             for entry in _entries(value):
                 if _is_learned(entry):
@@ -117,7 +121,7 @@ def resolved(group: dict[str, Any], read: Callable[[Tensor], Any]) -> dict[str, 
 
     ``read`` gives a number, or a tensor to differentiate.
     """
-    settings = {name: value for name, value in group.items() if name not in ("params", _KEY)}
+    settings = {name: value for name, value in group.items() if name not in _OURS}
     for name, value in settings.items():
         if _is_learned(value):
             settings[name] = read(value)
@@ -156,13 +160,34 @@ def plain(optimizer: Optimizer) -> Iterator[None]:
         return
     own = []
     for group in optimizer.param_groups:
-        own.append({k: v for k, v in group.items() if _holds_learned(v) and k != _KEY})
+        own.append({k: v for k, v in group.items() if _holds_learned(v) and k not in _OURS})
+        _refuse_schedule(group)
         group.update(numbers(group))
+        group.update({_SHOWN: {place: _entry(group, place) for place in group.get(_KEY, {})}})
     try:
         yield
     finally:
         for group, values in zip(optimizer.param_groups, own, strict=True):
             group.update(values)
+
+
+def _entry(group: Mapping[str, Any], place: str) -> float:
+    name, _, index = place.partition("[")
+    value = group[name][int(index[:-1])] if index else group[name]
+    return float(value)
+
+
+def _refuse_schedule(group: dict[str, Any]) -> None:
+    """RuntimeError where somebody else has set a learned hyperparameter meanwhile."""
+    for place, shown in group.get(_SHOWN, {}).items():
+        now = _entry(group, place)
+        if abs(now - shown) > 1e-6 * abs(shown):
+            raise RuntimeError(
+                f"{place} is learned, and was {shown:.6g} in its parameter group; now it is "
+                f"{now:.6g}. Does a scheduler, or the loop, set it? It would have no effect: the "
+                "learned value decides. Take the scheduler away, or let the loss and the optimizer "
+                "see a schedule by making its factor an outer parameter of its own."
+            )
 
 
 def _holds_learned(value: Any) -> bool:
@@ -180,7 +205,8 @@ def relink(groups: Sequence[dict[str, Any]], before: Sequence[dict[str, Any]]) -
                 for place, (parameter, _) in value.items():
                     _take(parameter, group.get(_KEY, {}).get(place, (None,))[0])
                 group[name] = value
-            elif name != "params" and _holds_learned(value):
+                group[_SHOWN] = {place: _entry(group, place) for place in value}
+            elif name not in _OURS and _holds_learned(value):
                 loaded = group.get(name)
                 for mine, theirs in zip(_entries(value), _entries(loaded), strict=False):
                     if _is_learned(mine):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -50,7 +51,7 @@ def twin(optimizer: Optimizer, places: Mapping[int, Tensor], state: State) -> Op
     """A copy of ``optimizer`` over other tensors: ``places[id(p)]`` for p.
 
     Args:
-        state: for each of ``places``, in order; becomes the twin's own.
+        state: for each of ``places``, in order; becomes the twin's own, for its own parameters.
     """
 
     def swapped(value: Any) -> Any:
@@ -69,24 +70,48 @@ def twin(optimizer: Optimizer, places: Mapping[int, Tensor], state: State) -> Op
         for group in optimizer.param_groups
     ]
     copy.state = defaultdict(dict)
+    own = {id(q) for group in copy.param_groups for q in group["params"]}
     for place, entries in zip(places.values(), state, strict=True):
-        if entries:
+        if entries and id(place) in own:
             copy.state[place] = entries
     return copy
 
 
-def take_step(optimizer: Optimizer, gradients: Callable[[], Tensor]) -> None:
-    """One step of a twin; ``gradients`` puts them in place."""
-    step = type(optimizer).step
-    if needs_closure(optimizer):
-        step(optimizer, gradients)  # type: ignore[arg-type]
-    else:
-        gradients()
-        with torch.no_grad():
-            step(optimizer)
+def take_step(twins: Sequence[Optimizer], gradients: Callable[[], Tensor]) -> None:
+    """One step of each twin; ``gradients`` puts them in place, for all of them at once."""
+    closures = [optimizer for optimizer in twins if needs_closure(optimizer)]
+    if closures:
+        (optimizer,) = twins  # a line search over several optimizers means nothing
+        _step(optimizer)(optimizer, gradients)
+        return
+    gradients()
+    with torch.no_grad():
+        for optimizer in twins:
+            _step(optimizer)(optimizer)
+
+
+def _step(optimizer: Optimizer) -> Callable[..., Any]:
+    return type(optimizer).step
 
 
 def step_hooks(optimizer: Optimizer) -> bool:
-    """Whether anything is registered to run before or after the optimizer's step."""
+    """Whether a user's hooks run around the optimizer's step; the library's own do not count."""
     kinds = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
-    return any(getattr(optimizer, kind, None) for kind in kinds)
+    hooks = [hook for kind in kinds for hook in getattr(optimizer, kind, {}).values()]
+    return not all(isinstance(hook, StepHook) for hook in hooks)
+
+
+class StepHook:
+    """The library's own hook around the steps of one optimizer; twins of it do not count.
+
+    Args:
+        optimizer: whose steps; a twin shares its hooks.
+        tell: called at each of them.
+    """
+
+    def __init__(self, optimizer: Optimizer, tell: Callable[[Optimizer], None]) -> None:
+        self._optimizer, self._tell = weakref.ref(optimizer), tell
+
+    def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if optimizer is self._optimizer():
+            self._tell(optimizer)

@@ -1,39 +1,37 @@
 """The inner step on record: the closure, its world, and how to evaluate it again."""
 
-from .again import again, check_repeatable, earliest, same_loss
+from .again import OUTSIDE, World, again, check_repeatable, same_loss
+from .age import older, reaches, sequence_number
 from .closure import Evaluation, PerSample, TrainLoss, evaluate
-from .step import RecordedStep, State, copied, frozen, settings_now
-from .world import (
-    BufferCopy,
-    Buffers,
-    RandomState,
-    buffers_at,
-    random_state,
-    recorded_buffers,
-    set_random_state,
-    without_side_effects,
-)
+from .freeze import FrozenClosure
+from .objective import InnerObjective, weights
+from .restore import Restoring
+from .rows import sample_rows
+from .step import Record, Recorder, State, copied, settings_now
+from .streams import Streams
 
 __all__ = [
-    "BufferCopy",
-    "Buffers",
+    "OUTSIDE",
     "Evaluation",
+    "FrozenClosure",
+    "InnerObjective",
     "PerSample",
-    "RandomState",
-    "RecordedStep",
+    "Record",
+    "Recorder",
+    "Restoring",
     "State",
+    "Streams",
     "TrainLoss",
+    "World",
     "again",
-    "buffers_at",
     "check_repeatable",
     "copied",
-    "earliest",
     "evaluate",
-    "frozen",
-    "random_state",
-    "recorded_buffers",
+    "older",
+    "reaches",
     "same_loss",
-    "set_random_state",
+    "sample_rows",
+    "sequence_number",
     "settings_now",
-    "without_side_effects",
+    "weights",
 ]

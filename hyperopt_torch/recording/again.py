@@ -1,39 +1,169 @@
-"""A recorded closure evaluated again, and whether it gave what it gave before."""
+"""A recorded closure evaluated again, in the world that it found."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .closure import Evaluation, evaluate
-from .step import RecordedStep
-from .world import Buffers
+from .._graph import graph_nodes
+from .age import older, reaches, sequence_number
+from .closure import Evaluation, TrainLoss, evaluate
+from .door import changed
+from .restore import Restoring
+from .step import Record, is_compiled, watching
+from .streams import StreamReader, Streams
+from .world import BufferLender, Modules, put_modes
 
+_HOLD = (
+    "Draw the batch before the inner step and let the closure hold it: "
+    "inner_step(lambda x=x, y=y: train_loss(x, y)). To mean another loss on purpose, say so: "
+    "outer_step(val_loss, train_loss)."
+)
 _NOT_REPEATABLE = (
     "A training closure is not repeatable: called again with the same parameters and random "
     "streams, it returned another loss, or none. Does it draw its own batch, or read variables "
-    "that the loop has changed since? Draw the batch before inner_step and let the closure hold "
-    "it: inner_step(lambda x=x, y=y: train_loss(x, y))."
+    "that the loop has changed since? " + _HOLD
 )
 
 
-def again(step: RecordedStep) -> Evaluation:
-    """The training loss of a step once more; whoever calls restores what it depends on."""
-    try:
-        return evaluate(step.closure)
-    except StopIteration as error:
-        raise RuntimeError(_NOT_REPEATABLE) from error
+OUTSIDE = (
+    "A part of the training loss was made outside of the closure, from parameters that have moved "
+    "since or through a graph that is gone: compute everything that depends on parameters inside "
+    "the closure."
+)
 
 
-def earliest(steps: Sequence[RecordedStep]) -> Buffers:
-    """The buffers of every module as they were before the first step that called it."""
-    found: Buffers = {}
-    for step in steps:
-        for part, known in step.buffers.items():
-            found.setdefault(part, known)
-    return found
+def again(record: Record, streams: Streams | None = None) -> Evaluation:
+    """The training loss once more, its graph alive, at whatever θ and φ are now.
+
+    The closure finds its variables, the attributes of its object, the modes of its modules and the
+    random streams as they were; all is put back as it is now. Buffers are those of the
+    :class:`World` around: they go on from one evaluation to the next. Attention runs without its
+    fused kernels and compiled modules run uncompiled: neither has a second derivative.
+
+    Args:
+        streams: where the random streams shall stand instead, for an optimizer that evaluates
+            several times a step; each evaluation leaves in ``record.reader.end`` where it ended.
+
+    Raises:
+        RuntimeError: the closure met another batch than then, and that is explained by none of
+            these; or it draws from an iterator, and nothing shows that the batch is the same.
+    """
+    with record.closure.restoring() as present, _twice_differentiable():
+        put_modes(present, record.modules)
+        _keep_streams(present, record.reader)
+        record.reader.put(record.streams if streams is None else streams)
+        for tensor in record.moved:
+            _put_aside(present, tensor)
+        start = sequence_number()
+        roots = [m for m in record.modules if is_compiled(m)]
+        with watching(roots, record.modules) as watch:
+            try:
+                evaluation = evaluate(record.closure)
+            except StopIteration as error:
+                raise RuntimeError(_NOT_REPEATABLE) from error
+        record.reader.end = record.reader.read()
+    if reaches(older(graph_nodes(evaluation.loss), start), record.inner):
+        raise RuntimeError(OUTSIDE)
+    difference = changed(record.door, watch.door) if record.door else None
+    if difference is not None:
+        raise RuntimeError(
+            "The training closure is not repeatable: it met another batch when it was evaluated "
+            f"again for the hypergradient: {difference}. Its variables, the attributes of its "
+            "object and the random streams were put back, so it got it from elsewhere: an "
+            f"iterator, an attribute of another object? {_HOLD}"
+        )
+    if record.closure.iterators and not record.door:
+        raise RuntimeError(
+            "The training closure is not repeatable: it draws from an iterator, "
+            f"`{record.closure.iterators[0]}`, so that each evaluation meets another batch. {_HOLD}"
+        )
+    return evaluation
+
+
+def again_in_the_present(train_loss: TrainLoss) -> Evaluation:
+    """A closure that is on no record, or a loss, in a form that can be differentiated twice."""
+    with _twice_differentiable():
+        return evaluate(train_loss)
+
+
+class World:
+    """Around everything that evaluates closures again, or differentiates what they returned.
+
+    Modules work on copies of their buffers: those that the first of ``records`` met, or what they
+    hold where they are on no record. Activation checkpoints run forward passes again in the
+    backward pass: hence also the modes. At the end everything is as found, random streams included.
+
+    Args:
+        records: what will be evaluated; none for closures in the world as it is.
+        device: whose random stream is kept.
+    """
+
+    def __init__(self, records: Sequence[Record], device: torch.device) -> None:
+        self._modules, self._reader = _earliest(records), StreamReader(device)
+        self._lender = BufferLender()
+        self._present = Restoring()
+
+    def __enter__(self) -> World:
+        self._present.__enter__()
+        try:
+            _keep_streams(self._present, self._reader)
+            put_modes(self._present, self._modules)
+            self._lender.put(self._present, self._modules)
+            self._lender.install(self._present)
+        except BaseException:
+            self._present.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._present.__exit__(*error)
+
+    def fresh(self, records: Sequence[Record] | None = None) -> Restoring:
+        """Inside: the buffers that the first of ``records`` met once more, for another run."""
+        present = Restoring()
+        self._lender.put(present, self._modules if records is None else _earliest(records))
+        return present
+
+
+def _earliest(records: Sequence[Record]) -> Modules:
+    """Every module as it was before the first record that called it."""
+    modules: Modules = {}
+    for record in records:
+        for module, state in record.modules.items():
+            modules.setdefault(module, state)
+    return modules
+
+
+def _keep_streams(present: Restoring, reader: StreamReader) -> None:
+    now = reader.read()
+    present.finally_do(lambda: reader.put(now))
+
+
+def _put_aside(present: Restoring, tensor: Tensor) -> None:
+    """Lends a tensor other memory, so that what is written to it goes there."""
+    own = tensor.data
+    present.finally_do(lambda: setattr(tensor, "data", own))
+    tensor.data = own.clone()
+
+
+@contextmanager
+def _twice_differentiable() -> Iterator[None]:
+    with ExitStack() as stack:
+        try:
+            from torch.nn.attention import SDPBackend, sdpa_kernel
+        except ImportError:  # torch < 2.3
+            pass
+        else:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
 
 
 def same_loss(recorded: Tensor, again: Tensor) -> Tensor:

@@ -1,39 +1,174 @@
-"""The inner step on record: what it takes to take it again."""
+"""The inner step on record: what it takes to evaluate its closure again."""
 
 from __future__ import annotations
 
-import types
-from collections.abc import Callable, Mapping
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
-from .world import Buffers, RandomState
+from .closure import Evaluation, evaluate
+from .door import Entrant, entrants
+from .freeze import FrozenClosure
+from .streams import StreamReader, Streams
+from .world import Modules, is_compiling, module_state
 
 State = list[dict[str, Any]]  # of an optimizer, for each inner parameter
 
 
 @dataclass(frozen=True)
-class RecordedStep:
-    """What it takes to take an inner step again.
+class Record:
+    """A training closure as it was called in an inner step, and the world that it found.
 
     Attributes:
-        closure: the training closure, with the variables that it named at that time.
+        closure: with its variables as they were.
         loss: its value, detached.
-        random, buffers: the random streams and the modules' buffers before it ran.
-        settings: the parameter groups without their parameters.
-        parameters: copies of the inner parameters before the step; None where nobody needs them.
-        state: a copy of the inner optimizer's state before the step; None likewise.
+        streams: where the random streams stood.
+        modules: the modes and the buffers of the modules that it called.
+        door: what entered the outermost of them.
+        weight: of its loss in the inner objective, where micro-batches have weights.
+        inner: the parameters θ.
+        moved: tensors that are neither θ nor φ nor buffers and that the closure wrote to.
+        reader: of the random streams.
     """
 
-    closure: Callable[[], Any]
+    closure: FrozenClosure
     loss: Tensor
-    random: RandomState
-    buffers: Buffers
-    settings: list[dict[str, Any]]
-    parameters: list[Tensor] | None
-    state: State | None
+    streams: Streams
+    modules: Modules
+    door: list[Entrant]
+    weight: float | None
+    inner: list[Tensor]
+    moved: list[Tensor]
+    reader: StreamReader
+
+    def __deepcopy__(self, memo: Any) -> Record:
+        return self  # never changes, and its closure sees the objects that it sees
+
+
+class Recorder:
+    """Puts training closures on record while they are called.
+
+    Args:
+        device: of the inner parameters.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.reader = StreamReader(device)
+        self._last: Modules | None = None
+        self._roots: list[nn.Module] = []  # of the last call, where any of them is compiled
+
+    def call(
+        self,
+        closure: Callable[[], Any],
+        inner: Sequence[Tensor],
+        outer: Sequence[Tensor],
+        weight: float | None = None,
+    ) -> tuple[Evaluation, Record]:
+        """The loss that ``closure`` returns, its graph alive, and the record of the call."""
+        ours = frozenset(map(id, [*inner, *outer]))
+        frozen, streams = FrozenClosure(closure), self.reader.read()
+        with watching(self._roots, self._last, ours) as watch:
+            for module in frozen.modules:
+                if is_compiled(module) and not hasattr(module, "_orig_mod"):
+                    watch.adopt(module)  # compiled in place: hooks are compiled away
+            evaluation = evaluate(closure)
+        self._last = watch.modules
+        self._roots = watch.roots if any(map(is_compiled, watch.roots)) else []
+        record = Record(
+            closure=frozen,
+            loss=evaluation.loss.detach(),
+            streams=streams,
+            modules=watch.modules,
+            door=watch.door,
+            weight=weight,
+            inner=list(inner),
+            moved=watch.moved(),
+            reader=self.reader,
+        )
+        return evaluation, record
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a call of the module goes through torch.compile."""
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+
+
+class Watch:
+    """The modules that are called by this thread, as they were before, and what enters them."""
+
+    def __init__(self, last: Modules, ours: frozenset[int]) -> None:
+        self.modules: Modules = {}
+        self.roots: list[nn.Module] = []
+        self.door: list[Entrant] = []
+        self._last, self._ours = last, ours
+        self._thread = threading.get_ident()
+        self._open: set[int] = set()  # parts of a root that nothing visible entered
+        self._root_ids: set[int] = set()
+        self._versions: list[tuple[Tensor, int]] = []
+
+    def enter(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
+        if threading.get_ident() != self._thread or is_compiling():
+            return
+        if module not in self.modules:
+            if isinstance(module, torch.fx.GraphModule) and any(map(is_compiled, self.roots)):
+                return  # what torch.compile made of a root
+            self.adopt(module)
+        elif id(module) not in self._root_ids and id(module) not in self._open:
+            return
+        found = list(entrants((args, kwargs)))
+        self.door.extend(found)
+        if not found and not args:  # torch's global hooks do not see keyword arguments
+            self._open.update(map(id, module.modules()))
+
+    def adopt(self, root: nn.Module) -> None:
+        """Takes the state of an outermost module and of its parts."""
+        self._root_ids.add(id(root))
+        self.roots.append(root)
+        for part in root.modules():
+            if part not in self.modules:
+                self.modules[part] = module_state(part, self._last.get(part))
+                for p in part._parameters.values():
+                    if p is not None and id(p) not in self._ours:
+                        self._versions.append((p, p._version))
+
+    def moved(self) -> list[Tensor]:
+        """Parameters of the modules that were written to, such as those of an EMA teacher."""
+        return [p for p, was in self._versions if p._version != was]
+
+
+@contextmanager
+def watching(
+    roots: Sequence[nn.Module] = (),
+    last: Modules | None = None,
+    ours: frozenset[int] = frozenset(),
+) -> Iterator[Watch]:
+    """Watches the modules called inside.
+
+    By a global hook, so that nobody has to name them. Where a module is compiled that would make
+    torch.compile trace it anew and warn: from the second time on, only the known outermost modules
+    are watched, by hooks of their own.
+    """
+    watch = Watch(last or {}, ours)
+    with warnings.catch_warnings() if last is None else nullcontext():
+        if last is None:
+            warnings.filterwarnings("ignore", message=".*when there are global hooks on modules")
+        handles = (
+            [root.register_forward_pre_hook(watch.enter, with_kwargs=True) for root in roots]
+            if roots
+            else [register_module_forward_pre_hook(watch.enter)]
+        )
+        try:
+            yield watch
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def settings_now(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -46,30 +181,6 @@ def settings_now(group: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in group.items()
         if name != "params"
     }
-
-
-def frozen(closure: Callable[[], Any]) -> Callable[[], Any]:
-    """The closure with its variables as they are now.
-
-    A loop that says ``inner_step(lambda: train_loss(x, y))`` changes x and y under the closures
-    of earlier steps; each is to see its own batch again.
-    """
-    if not isinstance(closure, types.FunctionType):
-        return closure
-    scope = dict(closure.__globals__)  # whole: what is defined inside reads it too
-    cells = tuple(types.CellType(*_content(cell)) for cell in closure.__closure__ or ())
-    twin = types.FunctionType(
-        closure.__code__, scope, closure.__name__, closure.__defaults__, cells
-    )
-    twin.__kwdefaults__ = closure.__kwdefaults__
-    return twin
-
-
-def _content(cell: types.CellType) -> tuple[Any, ...]:
-    try:
-        return (cell.cell_contents,)
-    except ValueError:  # not assigned yet
-        return ()
 
 
 def copied(value: Any) -> Any:

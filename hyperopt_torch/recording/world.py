@@ -1,9 +1,9 @@
-"""The world around a training closure: random streams, buffers, and how both are put back."""
+"""Modules as a training closure finds them: their modes, their buffers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,36 +14,9 @@ from torch.nn.modules.module import (
 )
 from torch.utils.hooks import RemovableHandle
 
+from .restore import Restoring
 
-@contextmanager
-def without_side_effects(device: torch.device) -> Iterator[None]:
-    """Evaluations inside move neither the RNG stream of ``device`` nor any module's buffers."""
-    on_accelerator = device.type not in ("cpu", "meta")
-    fork = (
-        torch.random.fork_rng([device.index or 0], device_type=device.type)
-        if on_accelerator
-        else torch.random.fork_rng([])
-    )
-    with fork, preserved_buffers():
-        yield
-
-
-RandomState = tuple[Tensor, ...]  # of the CPU's stream, and of the device's where it has its own
-
-
-def random_state(device: torch.device) -> RandomState:
-    """The random streams that code on ``device`` draws from."""
-    cpu = torch.get_rng_state()
-    if device.type in ("cpu", "meta"):
-        return (cpu,)
-    return cpu, getattr(torch, device.type).get_rng_state(device)
-
-
-def set_random_state(device: torch.device, state: RandomState) -> None:
-    """Takes the streams back to where :func:`random_state` saw them."""
-    torch.set_rng_state(state[0])
-    if len(state) > 1:
-        getattr(torch, device.type).set_rng_state(state[1], device)
+_SMALL = 1 << 16  # entries
 
 
 class BufferCopy(NamedTuple):
@@ -54,114 +27,146 @@ class BufferCopy(NamedTuple):
     version: int
 
 
-Buffers = dict[nn.Module, dict[str, BufferCopy]]  # of each module, by name
-_SMALL = 1 << 16  # entries
+class ModuleState(NamedTuple):
+    """One module before the closure called it."""
+
+    training: bool
+    buffers: dict[str, BufferCopy]
 
 
-@contextmanager
-def recorded_buffers(last: Buffers) -> Iterator[Buffers]:
-    """What the buffers of all modules that are called inside held before.
+Modules = dict[nn.Module, ModuleState]
 
-    A large buffer that has not changed since ``last`` was recorded shares its copy. Small ones are
-    copied always: normalisation layers write their statistics without moving the version counter.
+
+def module_state(module: nn.Module, last: ModuleState | None) -> ModuleState:
+    """The mode and the buffers of one module, its children apart.
+
+    A large buffer that has not changed since ``last`` shares its copy. Small ones are copied
+    always: normalisation layers write their statistics without moving the version counter.
     """
-    found: Buffers = {}
+    buffers = {}
+    for name, buffer in module._buffers.items():
+        if buffer is None:
+            continue
+        copy = last.buffers.get(name) if last is not None else None
+        if (
+            copy is None
+            or buffer.numel() <= _SMALL
+            or copy.source is not buffer
+            or copy.version != buffer._version
+        ):
+            copy = BufferCopy(buffer.detach().clone(), buffer, buffer._version)
+        buffers[name] = copy
+    return ModuleState(module.training, buffers)
 
-    def unchanged(copy: BufferCopy | None, buffer: Tensor) -> bool:
+
+def put_modes(present: Restoring, modules: Modules) -> None:
+    """The recorded modes, until ``present`` ends."""
+    for module, state in modules.items():
+        if module.training is not state.training:
+            present.entry(vars(module), "training", state.training)
+
+
+class BufferLender:
+    """Lets modules work on copies of their buffers, so that nobody's own are written.
+
+    Modules on record hold copies of what they held then, from the beginning to the end. Others are
+    found by global forward hooks, so that nobody has to name them: an outermost call lends clones
+    to its whole tree, and its end takes them back. So it goes, too, with buffers that
+    ``functional_call`` puts into a module for one call. Clones live on from call to call.
+
+    The original tensor *objects* come back. Copying values back in place would bump the version of
+    a tensor that the graph of the validation loss may still hold.
+    """
+
+    def __init__(self) -> None:
+        self._ours: dict[int, Tensor] = {}  # copies that modules on record hold, by id
+        self._on_record: Modules = {}
+        self._clones: dict[int, tuple[Tensor, Tensor]] = {}  # by the id of the original
+        # The calls under way, each with the modules that it lent to, and their own buffers.
+        self._calls: list[tuple[nn.Module, list[tuple[nn.Module, dict[str, Tensor | None]]]]] = []
+        self._lent: set[int] = set()
+        self._thread = threading.get_ident()
+
+    def install(self, present: Restoring) -> None:
+        """Hooks, until ``present`` ends."""
+        present.finally_do(self._return_all)
+        present.finally_do(register_module_forward_pre_hook(self._enter).remove)
+        present.finally_do(_register_leave(self._leave).remove)
+
+    def put(self, present: Restoring, values: Modules) -> None:
+        """Copies of recorded buffers into the modules, until ``present`` ends."""
+        before, self._on_record = self._on_record, values
+        present.finally_do(lambda: setattr(self, "_on_record", before))
+        shared: dict[int, Tensor] = {}
+        for module, state in values.items():
+            present.finally_do(_back(module._buffers, dict(module._buffers.items())))
+            for name, copy in state.buffers.items():
+                if id(copy.source) not in shared:  # one buffer of two modules stays one
+                    shared[id(copy.source)] = copy.value.clone()
+                module._buffers[name] = shared[id(copy.source)]
+        self._ours.update((id(b), b) for b in shared.values())
+
+    def _elsewhere(self) -> bool:
+        """Whether another thread of the program runs; autograd's own threads are ours."""
         return (
-            copy is not None
-            and buffer.numel() > _SMALL
-            and (copy.source is buffer and copy.version == buffer._version)
-        )
+            threading.get_ident() != self._thread
+            and not threading.current_thread().name.startswith("Dummy")
+        ) or is_compiling()
 
-    def enter(module: nn.Module, _: Any) -> None:
+    def _enter(self, module: nn.Module, _: Any) -> None:
+        if self._elsewhere():
+            return
+        call: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
+        self._calls.append((module, call))
+        if id(module) in self._lent:
+            return  # part of a tree that an outer call has seen to
         for part in module.modules():
-            if part in found:
+            if id(part) in self._lent:
                 continue
-            found[part] = {}
-            for name, buffer in part._buffers.items():
-                if buffer is None:
-                    continue
-                copy = last.get(part, {}).get(name)
-                if copy is None or not unchanged(copy, buffer):
-                    copy = BufferCopy(buffer.detach().clone(), buffer, buffer._version)
-                found[part][name] = copy
-
-    handle = register_module_forward_pre_hook(enter)
-    try:
-        yield found
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def buffers_at(values: Buffers) -> Iterator[None]:
-    """Inside, modules hold copies of these values; outside, their own buffer objects again."""
-    own = [(part, name, part._buffers[name]) for part, known in values.items() for name in known]
-    try:
-        for part, name, _ in own:
-            part._buffers[name] = values[part][name].value.clone()
-        yield
-    finally:
-        for part, name, buffer in own:
-            part._buffers[name] = buffer
-
-
-@contextmanager
-def preserved_buffers() -> Iterator[None]:
-    """Modules called inside work on stand-ins for their buffers, and get their own back.
-
-    Global forward hooks find the modules, so nobody has to name them: an outermost call swaps in
-    clones for its whole tree, and its end swaps the original tensor *objects* back. Copying values
-    back in place would bump the version of a tensor that the graph of the validation loss may
-    still hold. Stand-ins live on from call to call, as buffers do.
-    """
-    stand_ins: dict[int, tuple[Tensor, Tensor]] = {}  # id of the original -> (original, stand-in)
-    # The calls under way, each with the modules that it swapped and their own buffers.
-    frames: list[tuple[nn.Module, list[tuple[nn.Module, dict[str, Tensor | None]]]]] = []
-    active: set[int] = set()
-
-    def enter(module: nn.Module, _: Any) -> None:
-        swapped: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
-        frames.append((module, swapped))
-        if id(module) in active:
-            return  # part of a tree that an outer call has swapped
-        for part in module.modules():
-            if id(part) in active:
-                continue
-            active.add(id(part))
             found = dict(part._buffers.items())  # a scripted module's are no dict
-            swapped.append((part, found))
+            call.append((part, found))
+            self._lent.add(id(part))
             for name, buffer in found.items():
-                if buffer is not None:
-                    if id(buffer) not in stand_ins:
-                        stand_ins[id(buffer)] = (buffer, buffer.clone())
-                    part._buffers[name] = stand_ins[id(buffer)][1]
+                if buffer is not None and id(buffer) not in self._ours:
+                    if id(buffer) not in self._clones:
+                        self._clones[id(buffer)] = buffer, buffer.clone()
+                    part._buffers[name] = self._clones[id(buffer)][1]
 
-    def leave(module: nn.Module, *_: Any) -> None:
-        if frames and frames[-1][0] is module:
-            swap_back()
+    def _leave(self, module: nn.Module, *_: Any) -> None:
+        if not self._elsewhere() and self._calls and self._calls[-1][0] is module:
+            self._return_last()
 
-    def swap_back() -> None:
-        for part, found in frames.pop()[1]:
+    def _return_last(self) -> None:
+        for part, found in self._calls[-1][1]:
             for name, now in list(part._buffers.items()):
                 original = found.get(name)
-                if name not in found:
+                mine = original is None or id(original) in self._ours
+                if mine and part in self._on_record:
+                    if now is not None:
+                        self._ours[id(now)] = now  # perhaps assigned anew: goes on from here
+                    found[name] = now
+                elif name not in found:
                     del part._buffers[name]  # made by this forward
-                elif original is not None and now is not None:
-                    stand_ins[id(original)] = (original, now)  # perhaps assigned anew
+                elif original is not None and now is not None and now is not original:
+                    self._clones[id(original)] = (original, now)  # perhaps assigned anew
             for name, original in found.items():
                 part._buffers[name] = original
-            active.discard(id(part))
+            self._lent.discard(id(part))
+        self._calls.pop()
 
-    handles = [register_module_forward_pre_hook(enter), _register_leave(leave)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        while frames:
-            swap_back()
+    def _return_all(self) -> None:
+        while self._calls:
+            self._return_last()
+
+
+def _back(buffers: Any, own: dict[str, Tensor | None]) -> Callable[[], None]:
+    def undo() -> None:
+        for name in [name for name, _ in buffers.items() if name not in own]:
+            del buffers[name]  # made by a forward inside
+        for name, buffer in own.items():
+            buffers[name] = buffer
+
+    return undo
 
 
 def _register_leave(hook: Callable[..., None]) -> RemovableHandle:
@@ -169,3 +174,9 @@ def _register_leave(hook: Callable[..., None]) -> RemovableHandle:
         return register_module_forward_hook(hook, always_call=True)
     except TypeError:  # torch 2.0 has no such option
         return register_module_forward_hook(hook)
+
+
+def is_compiling() -> bool:
+    """Whether torch.compile is tracing: hooks must leave no trace in what it compiles."""
+    compiler = getattr(torch, "compiler", None)
+    return bool(compiler is not None and compiler.is_compiling())

@@ -1,0 +1,164 @@
+"""A closure with its variables as they are now."""
+
+from __future__ import annotations
+
+import functools
+import random
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from .restore import Restoring
+
+_FEW = 64  # entries of a container that is worth a copy
+_Attributes = list[tuple[dict[str, Any], dict[str, Any]]]  # an object's own, and a copy of them
+
+
+class FrozenClosure:
+    """A training closure that still sees, later on, what it sees now.
+
+    A loop that says ``inner_step(lambda: train_loss(x, y))`` changes x and y under the closure,
+    for the next batch or for a validation batch of the same name. Frozen are
+
+    - the variables of the closure, and of the functions of the same module that it calls by name;
+    - small lists and dicts among them, and the attributes of ``self`` and of other objects whose
+      class is of the closure's own module: one level deep;
+    - random generators among all these.
+
+    What lies deeper (the content of a module's attribute, a database) is not; what enters the
+    modules is compared instead, see :mod:`.door`.
+
+    Attributes:
+        iterators: names of variables that are iterators, which cannot be taken back.
+        modules: modules among the variables.
+    """
+
+    def __init__(self, closure: Callable[[], Any]) -> None:
+        self.iterators: list[str] = []
+        self.modules: list[nn.Module] = []
+        self._attributes: _Attributes = []
+        self._generators: list[tuple[Any, Any]] = []
+        self._home = getattr(_function(closure), "__module__", None)
+        self._scopes: dict[int, dict[str, Any]] = {}
+        self._twins: dict[int, Any] = {}
+        self._call = self._frozen("self", closure)
+        del self._scopes, self._twins  # only the twins themselves hold on to them
+
+    def __call__(self) -> Any:
+        return self._call()
+
+    def restoring(self) -> Restoring:
+        """Inside, attributes and generators are as they were when the closure was frozen."""
+        present = Restoring()
+        for own, then in self._attributes:
+            present.attributes(own, then)
+        for generator, state in self._generators:
+            present.generator(generator, state)
+        return present
+
+    def _frozen(self, name: str, value: Any) -> Any:
+        if isinstance(value, types.FunctionType):
+            return self._function(value)
+        if isinstance(value, types.MethodType):
+            owner = self._frozen("self", value.__self__)
+            return types.MethodType(self._frozen(name, value.__func__), owner)
+        if isinstance(value, functools.partial):
+            if type(value) is not functools.partial:
+                return value
+            return functools.partial(self._frozen(name, value.func), *value.args, **value.keywords)
+        if type(value) in (list, dict):
+            return value.copy() if len(value) <= _FEW else value
+        self._note(name, value)
+        return value
+
+    def _function(self, function: types.FunctionType) -> types.FunctionType:
+        known: types.FunctionType | None = self._twins.get(id(function))
+        if known is not None:
+            return known
+        scope = self._scopes.get(id(function.__globals__))
+        if scope is None:
+            if function.__module__ != self._home:
+                return function  # a library's: what it reads is its own affair
+            # Whole: what is defined inside a closure reads it too.
+            scope = self._scopes[id(function.__globals__)] = dict(function.__globals__)
+        cells = tuple(types.CellType() for _ in function.__closure__ or ())
+        twin = types.FunctionType(
+            function.__code__, scope, function.__name__, function.__defaults__, cells
+        )
+        twin.__kwdefaults__ = function.__kwdefaults__
+        twin.__dict__.update(function.__dict__)
+        self._twins[id(function)] = twin
+        names = function.__code__.co_freevars
+        for name, cell, own in zip(names, cells, function.__closure__ or (), strict=True):
+            try:
+                cell.cell_contents = self._frozen(name, own.cell_contents)
+            except ValueError:  # not assigned yet
+                continue
+        for name in _global_names(function.__code__):
+            if name in scope:
+                value = scope[name]
+                if not isinstance(value, (types.FunctionType, types.MethodType)) or (
+                    getattr(value, "__globals__", None) is function.__globals__
+                ):
+                    scope[name] = self._frozen(name, value)
+        return twin
+
+    def _note(self, name: str, value: Any) -> None:
+        """Keeps what can be restored of an object that is not copied."""
+        if isinstance(value, nn.Module):
+            self.modules.append(value)
+        if isinstance(value, torch.Generator):
+            self._generators.append((value, value.get_state()))
+        elif isinstance(value, random.Random):
+            self._generators.append((value, value.getstate()))
+        elif _is_numpy_generator(value):
+            self._generators.append((value, value.bit_generator.state))
+        elif hasattr(value, "__next__"):
+            self.iterators.append(name)
+        elif (
+            (name == "self" or type(value).__module__ == self._home)
+            and not isinstance(value, (type, types.ModuleType))
+            and type(getattr(value, "__dict__", None)) is dict
+        ):
+            own = vars(value)
+            if not any(own is known for known, _ in self._attributes):
+                then = dict(own)
+                self._attributes.append((own, then))
+                for attribute, held in then.items():
+                    if type(held) in (list, dict) and len(held) <= _FEW and not _torchs(value):
+                        then[attribute] = held.copy()
+                    elif not hasattr(held, "__dict__"):
+                        self._note(attribute, held)
+
+
+def _function(closure: Any) -> Any:
+    while isinstance(closure, (types.MethodType, functools.partial)):
+        closure = getattr(closure, "__func__", None) or closure.func  # type: ignore[union-attr]
+    return closure
+
+
+def _torchs(value: Any) -> bool:
+    """Whether the dicts in an object's attributes are torch's own: the real ones are needed."""
+    return isinstance(value, (nn.Module, torch.optim.Optimizer))
+
+
+def _is_numpy_generator(value: Any) -> bool:
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, numpy.random.Generator)
+
+
+@functools.lru_cache(maxsize=256)
+def _global_names(code: types.CodeType) -> tuple[str, ...]:
+    """Names that a function, or what is defined inside it, may read from its module."""
+
+    def walk(code: types.CodeType) -> Iterator[str]:
+        yield from code.co_names
+        for constant in code.co_consts:
+            if isinstance(constant, types.CodeType):
+                yield from walk(constant)
+
+    return tuple(dict.fromkeys(walk(code)))

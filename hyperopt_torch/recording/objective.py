@@ -1,0 +1,60 @@
+"""The inner objective at the current parameters, whatever it was given as."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+
+from .again import World, again, again_in_the_present
+from .closure import Evaluation, TrainLoss
+from .step import Record
+
+
+class InnerObjective:
+    """f = Σ w_i f_i: the micro-batches of one inner step, or a single loss.
+
+    Attributes:
+        terms: (w_i, evaluation of f_i) for each; evaluated inside ``world``.
+        world: the context around everything that evaluates or differentiates them.
+        repeatable: whether it can be evaluated more than once.
+    """
+
+    def __init__(
+        self,
+        terms: Sequence[tuple[float, Callable[[], Evaluation]]],
+        world: World,
+        repeatable: bool = True,
+    ) -> None:
+        self.terms, self.world, self.repeatable = list(terms), world, repeatable
+
+    @classmethod
+    def on_record(cls, records: Sequence[Record], device: torch.device) -> InnerObjective:
+        """The records of one inner step: the mean, or Σ w_i f_i where weights were given."""
+        pairs = zip(weights(records), records, strict=True)
+        terms = [(weight, partial(again, record)) for weight, record in pairs]
+        return cls(terms, World(records, device))
+
+    @classmethod
+    def given(cls, train_loss: TrainLoss, device: torch.device) -> InnerObjective:
+        """A closure, or the loss itself, in the world as it is."""
+        terms = [(1.0, partial(again_in_the_present, train_loss))]
+        return cls(terms, World([], device), callable(train_loss))
+
+
+def weights(records: Sequence[Record]) -> list[float]:
+    """The weights as given; 1/M each where none was.
+
+    Raises:
+        ValueError: some have a weight and some have none.
+    """
+    known = [record.weight for record in records if record.weight is not None]
+    if not known:
+        return [1 / len(records)] * len(records)
+    if len(known) < len(records):
+        raise ValueError(
+            f"{len(known)} of {len(records)} micro-batches of an inner step were recorded with a "
+            "weight: give all of them one, record(closure, weight), or none for their mean."
+        )
+    return known
