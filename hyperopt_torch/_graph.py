@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
 from ._refusals import hides, hiding, operation_of_error_node, refusal, refused_operation
 
@@ -140,7 +141,7 @@ def short_way_is_safe(nodes: list[Any], inner: Sequence[Tensor], outer: Sequence
     for kind in {type(node) for node in nodes}:
         if kind.__name__ == "AccumulateGrad":
             leaves.add(kind)
-        elif kind.__name__ == "CppFunction" or hasattr(kind, "_forward_cls"):
+        elif kind.__name__ == "CppFunction" or issubclass(kind, BackwardCFunction):
             return False
     known = set(map(id, inner))
     for node in nodes:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
+from torch.autograd.function import once_differentiable
 
 
 class NoSecondDerivative(RuntimeError):
@@ -36,8 +36,8 @@ _INSTEAD = (
     ("hardsigmoid", "hardsigmoid", "relu6(x + 3) / 6 is the same and has one"),
     ("cdist", "torch.cdist", 'compute_mode="use_mm_for_euclid_dist" has one, for p=2'),
     ("pdist", "torch.pdist", "torch.linalg.vector_norm of the differences has one"),
-    ("cudnn_rnn", "an RNN on cuDNN", "`with torch.backends.cudnn.flags(enabled=False): ...` has"),
-    ("mkldnn_rnn", "an RNN on mkldnn", "`with torch.backends.mkldnn.flags(enabled=False): ...` has"),
+    ("cudnn_rnn", "an RNN on cuDNN", "`torch.backends.cudnn.flags(enabled=False)` gives it one"),
+    ("mkldnn_rnn", "an RNN on mkldnn", "`torch.backends.mkldnn.flags(enabled=False)` gives it one"),
     ("Sparse", "sparse gradients", "nn.Embedding(..., sparse=False) has one"),
     (
         "WarnNotImplemented",
@@ -56,7 +56,7 @@ _REENTRANT = (
 )
 # How torch words a refusal; a group is the operation.
 _WORDS = re.compile(
-    r"derivative for '?(?:aten::)?([\w.:]+).*is not implemented"
+    r"derivative for '?(?:aten::)?([\w.]+(?:::[\w.]+)*).*is not implemented"
     r"|backward through ([\w.:]+) but no autograd formula"
     r"|double.backwards? on (\w+)"
     r"|(aot_autograd) does not currently support double backward"
@@ -64,7 +64,7 @@ _WORDS = re.compile(
     re.IGNORECASE,
 )
 _SPARSE = re.compile(r"from the '(Sparse)\w*' backend")
-_ONCE = torch.autograd.function.once_differentiable(lambda: None).__code__
+_ONCE: Any = once_differentiable(lambda ctx: None).__code__
 
 
 def refusal(operation: str) -> NoSecondDerivative:

@@ -32,10 +32,11 @@ class FlatLayout:
     def flatten(self, tensors: Sequence[Tensor | None], *, batched: bool = False) -> Tensor:
         """(n,) from one tensor each; with ``batched``, (k, n) from tensors of shape (k, *shape).
 
-        ``None`` stands for zero, as autograd uses it for an unused input.
+        ``None`` stands for zero, as autograd uses it for an unused input. Sparse ones are made
+        dense.
         """
         if self._trivial and tensors[0] is not None:
-            return tensors[0]
+            return self._as(tensors[0], self.dtype)
         k = next((len(t) for t in tensors if t is not None), 1) if batched else 1
         lead = (k,) if batched else ()
         parts = [
@@ -59,7 +60,12 @@ class FlatLayout:
 
     @staticmethod
     def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        return tensor if tensor.dtype == dtype else tensor.to(dtype)
+        return dense(tensor) if tensor.dtype == dtype else dense(tensor).to(dtype)
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """A sparse gradient, as of ``nn.Embedding(sparse=True)``, as a plain tensor."""
+    return tensor if tensor.layout == torch.strided else tensor.to_dense()
 
 
 def trainable(tensors: Iterable[Tensor]) -> list[Tensor]:

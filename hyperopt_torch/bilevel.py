@@ -7,7 +7,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +23,15 @@ from .estimators import BilevelProblem, HypergradientEstimator, ImplicitDifferen
 from .estimators._moving import hook_zeros
 from .estimators._trajectory import TrajectoryEstimator
 from .ihvp import IHVP, RecycledCG
-from .inner_optimizer import StepHook, needs_closure, parameters_of, plain, relink, unwrapped
+from .inner_optimizer import (
+    StepHook,
+    learned,
+    needs_closure,
+    parameters_of,
+    plain,
+    relink,
+    unwrapped,
+)
 from .recording import (
     OUTSIDE,
     Evaluation,
@@ -131,6 +139,8 @@ class BilevelOptimizer:
         problem = self._problem()
         self.estimator.check(problem)  # both check, before the first step
         self.estimator.claim(self)
+        self._observes = self.estimator.observes
+        self._line_search = any(map(needs_closure, self._real))
         self._device = problem.inner_parameters[0].device
         self._recorder = Recorder(self._device)
         self._watch_steps()
@@ -143,9 +153,11 @@ class BilevelOptimizer:
         self._outer_grads: list[tuple[Tensor, Tensor | None]] = []  # while the trainer runs
         self._versions: list[tuple[Tensor, int]] = []  # of gradients, after our own backward
         self._hook_zeros: dict[int, Tensor] = {}
+        self._now: BilevelProblem | None = None  # while an inner step of ours is under way
         self._observing = True
         self._stepping: Optimizer | None = None
-        self._numbers = ExitStack()  # while an optimizer steps, learned tensors are numbers
+        # While an optimizer steps, the learned tensors in its groups are numbers.
+        self._numbers: AbstractContextManager[None] | None = None
         self._stepped: set[int] = set()  # ids of the optimizers that took the recorded step
 
     # The inner level ----------------------------------------------------------------------------
@@ -198,7 +210,7 @@ class BilevelOptimizer:
         return evaluation
 
     def _before_backward(self, problem: BilevelProblem, evaluation: Evaluation) -> None:
-        if self.estimator.observes and self._observing:
+        if self._observes and self._observing:
             with problem.explained_training_errors():
                 self.estimator.before_backward(problem, evaluation)
 
@@ -222,10 +234,10 @@ class BilevelOptimizer:
 
         Only the inner parameters get a ``.grad``; those of the outer ones are left as found.
         """
-        problem = self._problem()
+        self._now = problem = self._problem()
         self._notice_late_clipping()
         self._pending.clear()
-        if any(map(needs_closure, self._real)):
+        if self._line_search:
             loss = self._closure_step(problem, train_loss)
         else:
             loss = self._backward(problem, train_loss)
@@ -235,6 +247,7 @@ class BilevelOptimizer:
             self._note_gradients(problem)
             self._step_inner()
             self._notice_no_step()
+        self._now = None
         self._steps["inner"] += 1
         self._note_gradients(problem)
         return loss
@@ -334,12 +347,14 @@ class BilevelOptimizer:
             self._stepped = set()  # a step of its own, of which nothing is on record
         self._stepped.add(id(optimizer))
         if not nested:
-            self._numbers.close()
-            self._numbers.enter_context(plain(optimizer))
+            self._close_numbers()
+            if learned(optimizer):
+                self._numbers = plain(optimizer)
+                self._numbers.__enter__()
 
     def _after_step(self, optimizer: Optimizer) -> None:
         self._stepping = None
-        self._numbers.close()
+        self._close_numbers()
         if self._pending:  # recorded inside of the step, by a closure that the trainer gave it
             if isinstance(self.estimator, TrajectoryEstimator):
                 raise RuntimeError(
@@ -348,12 +363,17 @@ class BilevelOptimizer:
                     "optimizer.step(), as Lightning's automatic optimization does. Call record and "
                     "backward before optimizer.step() (manual optimization)."
                 )
-            if needs_closure(optimizer):
+            if self._line_search:
                 del self._pending[1:]  # a line search
             self._commit()
         self._inner_moved = threading.get_ident(), sequence_number()
-        if self._records and id(optimizer) in self._stepped:
+        if self._records and self._observes and id(optimizer) in self._stepped:
             self.estimator.stepped(self._problem())
+
+    def _close_numbers(self) -> None:
+        numbers, self._numbers = self._numbers, None
+        if numbers is not None:
+            numbers.__exit__(None, None, None)
 
     def _commit(self) -> None:
         self._put_outer_grads_back()
@@ -361,9 +381,9 @@ class BilevelOptimizer:
         self._pending.clear()
         self._unseen = False
         self._stepped = set()
-        self._hook_zeros = hook_zeros(self._problem().inner_parameters)
-        if self.estimator.observes:
-            problem = self._problem()
+        problem = self._now or self._problem()
+        self._hook_zeros = hook_zeros(problem.inner_parameters)
+        if self._observes:
             problem.untouched = bool(self._versions) and not self._written()
             self.estimator.observe(problem, self._records)
 
@@ -383,7 +403,7 @@ class BilevelOptimizer:
             )
         self._records = list(self._pending)  # the problem is the same, only the step was skipped
         self._pending.clear()
-        if self.estimator.observes:
+        if self._observes:
             self.estimator.skipped(self._problem(), self._records)
 
     def _notice_late_clipping(self) -> None:

@@ -8,8 +8,10 @@ PACKAGE = Path(__file__).parent.parent / "hyperopt_torch"
 
 # A module may import from groups below its own.
 LAYERS = [
-    {"_tensors", "errors", "report", "_graph"},
+    {"_tensors", "errors", "report", "_refusals"},
+    {"_graph", "_half"},
     {"recording", "inner_optimizer"},
+    {"inner_gradient"},
     {"operators"},
     {"curvature", "ihvp"},
     {"estimators"},

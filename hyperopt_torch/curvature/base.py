@@ -7,7 +7,9 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from ..operators import InnerGradient, LinearOperator
+from .._refusals import NoSecondDerivative
+from ..inner_gradient import InnerGradient
+from ..operators import LinearOperator
 
 MEMORY = 256 << 20  # bytes that the automatic chunk of a batched product may take
 LARGE = 1 << 17  # from this many parameters on, a CPU gains nothing from batching (measured)
@@ -52,6 +54,8 @@ class BatchedOperator(LinearOperator):
         if self._chunk > 1:
             try:
                 return torch.cat([self._batch(rows) for rows in torch.split(X.mT, self._chunk)]).mT
+            except NoSecondDerivative:
+                raise  # one column at a time would be refused as well
             except RuntimeError:  # an operation without a batching rule, or out of memory
                 self._chunk = 1
         return super()._products(X)

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
+from .._refusals import explained_refusals
 from ..errors import check_count
-from ..operators import InnerGradient, LinearOperator
+from ..inner_gradient import InnerGradient
+from ..operators import LinearOperator
 from .base import MEMORY, BatchedOperator, Curvature, automatic_chunk
 
 
@@ -70,9 +72,9 @@ class _GaussNewtonOperator(BatchedOperator):
         carriers, direct = gradient.carriers, _direct_parameters(gradient)
         if not carriers:
             raise RuntimeError(_diagnosis(gradient))
-        with _held(gradient.output_tensors):
+        with _held(gradient.output_tensors), explained_refusals():
             partials = torch.autograd.grad(
-                gradient.loss, [*carriers, *direct], create_graph=True, allow_unused=True
+                gradient.scaled_loss, [*carriers, *direct], create_graph=True, allow_unused=True
             )
         self._F_o = partials[: len(carriers)]
         if not _depend(self._F_o, carriers):
@@ -81,14 +83,19 @@ class _GaussNewtonOperator(BatchedOperator):
         self._F_theta = [known.get(id(p)) for p in gradient.inner]  # None: only through o
 
     def _product(self, x: Tensor) -> Tensor:
-        return self._pull(self.gradient.push(x), x)
+        x, t = self.gradient.lift(x)
+        return self.gradient.lower(self._pull(self.gradient.push(x), x), t)
 
     def _joint(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x, t = self.gradient.lift(x)
         tangents, cross = self.gradient.push_and_cross(x)
-        return self._pull(tangents, x), cross
+        lower = self.gradient.lower
+        return lower(self._pull(tangents, x), t), lower(cross, t)
 
     def _batch(self, rows: Tensor) -> Tensor:
-        return self._pull(self.gradient.push(rows, batched=True), rows, batched=True)
+        rows, t = self.gradient.lift(rows)
+        tangents = self.gradient.push(rows, batched=True)
+        return self.gradient.lower(self._pull(tangents, rows, batched=True), t)
 
     def _automatic_chunk(self) -> int:
         return automatic_chunk(self.gradient, MEMORY)
@@ -101,14 +108,15 @@ class _GaussNewtonOperator(BatchedOperator):
             for F, v in zip([*self._F_o, *self._F_theta], directions, strict=True)
             if _has_graph(F) and v is not None
         ]
-        products = torch.autograd.grad(
-            [F for F, _ in pairs],
-            self.gradient.inner,
-            [v for _, v in pairs],
-            retain_graph=True,
-            allow_unused=True,
-            is_grads_batched=batched,
-        )
+        with explained_refusals(sparse=not batched):
+            products = torch.autograd.grad(
+                [F for F, _ in pairs],
+                self.gradient.inner,
+                [v for _, v in pairs],
+                retain_graph=True,
+                allow_unused=True,
+                is_grads_batched=batched,
+            )
         return layout.flatten(products, batched=batched)
 
 
@@ -120,7 +128,7 @@ def _has_graph(F: Tensor | None) -> TypeGuard[Tensor]:
 def _direct_parameters(gradient: InnerGradient) -> list[Tensor]:
     """The inner parameters that reach the loss past the outputs, as those in a penalty do."""
     outputs = gradient.output_tensors
-    reached = _leaves([gradient.loss], past=outputs) - {id(o) for o in outputs}
+    reached = _leaves([gradient.scaled_loss], past=outputs) - {id(o) for o in outputs}
     return [p for p in gradient.inner if id(p) in reached]
 
 

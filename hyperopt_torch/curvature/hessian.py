@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..errors import check_count
-from ..operators import InnerGradient, LinearOperator
+from ..inner_gradient import InnerGradient
+from ..operators import LinearOperator
 from .base import MEMORY as _MEMORY
 from .base import BatchedOperator, Curvature, automatic_chunk
 

@@ -45,11 +45,8 @@ def hook_zeros(parameters: Sequence[Tensor]) -> dict[int, Tensor]:
 
     A hook that multiplies by a mask, as for pruning, keeps these entries from moving.
     """
-    return {
-        i: p.grad == 0
-        for i, p in enumerate(parameters)
-        if p._backward_hooks and p.grad is not None and not p.grad.is_sparse
-    }
+    hooked = [(i, p) for i, p in enumerate(parameters) if p._backward_hooks]
+    return {i: p.grad == 0 for i, p in hooked if p.grad is not None and not p.grad.is_sparse}
 
 
 def moving(zeros: Mapping[int, Tensor], gradient: Tensor, layout: FlatLayout) -> Tensor | None:

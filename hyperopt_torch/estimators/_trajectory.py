@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ from ..recording import (
     copied,
     same_loss,
     settings_now,
+    shared,
     weights,
 )
 from ..report import SolveReport
@@ -93,6 +94,9 @@ class TrajectoryEstimator(HypergradientEstimator):
             self._initial = None  # the step that leaves is the one that started there
         copies = self._every_step or not self._steps
         parameters = problem.inner_parameters
+        if self._steps:
+            last = self._steps[-1].records[-1].streams
+            records = [replace(r, streams=shared(r.streams, last), door=[]) for r in records]
         self._steps.append(
             RecordedStep(
                 list(records),

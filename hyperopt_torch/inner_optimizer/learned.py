@@ -106,13 +106,10 @@ def learned(optimizer: Optimizer) -> list[Tensor]:
     found: dict[int, Tensor] = {}
     for group in optimizer.param_groups:
         for name, value in group.items():
-            if name in _OURS:
-                continue
-            for entry in _entries(value):
-                if _is_learned(entry):
-                    found[id(entry)] = entry
-        for parameter, _ in group.get(_KEY, {}).values():
-            found[id(parameter)] = parameter
+            if name not in _OURS and isinstance(value, (Tensor, tuple, list)):
+                found.update((id(entry), entry) for entry in _entries(value) if _is_learned(entry))
+        if _KEY in group:
+            found.update((id(phi), phi) for phi, _ in group[_KEY].values())
     return list(found.values())
 
 

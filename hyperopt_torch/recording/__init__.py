@@ -8,7 +8,7 @@ from .objective import InnerObjective, weights
 from .restore import Restoring
 from .rows import sample_rows
 from .step import Record, Recorder, State, copied, settings_now
-from .streams import Streams
+from .streams import Streams, shared
 
 __all__ = [
     "OUTSIDE",
@@ -33,5 +33,6 @@ __all__ = [
     "sample_rows",
     "sequence_number",
     "settings_now",
+    "shared",
     "weights",
 ]

@@ -61,6 +61,7 @@ def again(record: Record, streams: Streams | None = None) -> Evaluation:
         for tensor in record.moved:
             _put_aside(present, tensor)
         start = sequence_number()
+        before = [entrant.tensor._version for entrant in record.door]
         roots = [m for m in record.modules if is_compiled(m)]
         with watching(roots, record.modules) as watch:
             try:
@@ -70,7 +71,7 @@ def again(record: Record, streams: Streams | None = None) -> Evaluation:
         record.reader.end = record.reader.read()
     if reaches(older(graph_nodes(evaluation.loss), start), record.inner):
         raise RuntimeError(OUTSIDE)
-    difference = changed(record.door, watch.door) if record.door else None
+    difference = changed(record.door, before, watch.door) if record.door else None
     if difference is not None:
         raise RuntimeError(
             "The training closure is not repeatable: it met another batch when it was evaluated "

@@ -3,52 +3,32 @@
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_SAMPLE = 256  # entries looked at of each tensor
+_SAMPLE = 1024  # entries looked at of each tensor
 _APART = 0.5  # of the spread: what enters may move with θ (an attack, say), but no further
 _OTHER = 0.05  # of the entries that are whole numbers (tokens, labels)
 
 
 class Entrant:
-    """One tensor that entered a module: what it takes to know it again.
+    """One tensor that entered a module, and what tells whether it was written to since.
 
-    It is not kept alive. Two batches are told apart by a sample of their entries.
+    Taking it down costs nothing: tensors are compared only where another one enters later.
     """
 
+    __slots__ = ("tensor", "version")
+
     def __init__(self, tensor: Tensor) -> None:
-        self.shape, self.dtype = tensor.shape, tensor.dtype
-        self.version = tensor._version
-        self._tensor = weakref.ref(tensor)
-        self.sample = _sample(tensor)
+        self.tensor, self.version = tensor, tensor._version
 
-    def is_surely(self, other: Entrant) -> bool:
-        """The same tensor, not written to since: nothing needs to be compared."""
-        tensor = self._tensor()
-        return tensor is not None and tensor is other._tensor() and self.version == other.version
-
-    def differs(self, other: Entrant) -> Tensor | bool:
-        """Whether this is another batch; a 0-d bool tensor on the device, or known at once."""
-        if self.is_surely(other):
-            return False
-        if self.shape != other.shape or self.dtype != other.dtype:
-            return True
-        a, b = self.sample, other.sample
-        if not a.is_floating_point() or not len(a):
-            return (a != b).sum() > _OTHER * len(a)
-        gap = (a - b).float()
-        spread = (a - a.float().mean()).float() if len(a) > 1 else a.float()
-        # NaN on both sides is the same; on one side it is not.
-        gap = torch.where(a.isnan() & b.isnan(), 0.0, gap)
-        apart: Tensor = ~(
-            gap.norm() <= _APART * spread.nan_to_num(0.0).norm() + 1e-6 * a.float().norm()
-        )
-        return apart
+    @property
+    def written(self) -> bool:
+        """Whether it no longer holds what entered then."""
+        return self.tensor._version != self.version
 
 
 def entrants(arguments: Any) -> Iterator[Entrant]:
@@ -59,6 +39,56 @@ def entrants(arguments: Any) -> Iterator[Entrant]:
     for tensor in _tensors(arguments):
         if not tensor.requires_grad and tensor.layout is torch.strided and not _wrapped(tensor):
             yield Entrant(tensor)
+
+
+def changed(recorded: list[Entrant], before: list[int], now: list[Entrant]) -> str | None:
+    """What differs, in words; None where nothing does. At most one sync.
+
+    A tensor that was written to since is the same batch if the closure itself wrote it anew.
+
+    Args:
+        before: the versions of the recorded tensors when the closure was called again.
+    """
+    if len(recorded) != len(now):
+        return f"{len(recorded)} tensor(s) entered the modules then, {len(now)} now"
+    doubts: list[Tensor] = []
+    for then, version, again in zip(recorded, before, now, strict=True):
+        if then.tensor is again.tensor:
+            if again.version == version != then.version:
+                return f"the tensor of shape {tuple(then.tensor.shape)} was filled anew meanwhile"
+            continue
+        a, b = then.tensor, again.tensor
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return (
+                f"a tensor of shape {tuple(a.shape)} and {a.dtype} entered a module then, one of "
+                f"shape {tuple(b.shape)} and {b.dtype} now"
+            )
+        if not then.written and not again.written and a.numel():
+            doubts.append(_differ(_sample(a), _sample(b)))
+    if doubts and bool(torch.stack([d.to(doubts[0].device) for d in doubts]).any()):
+        return "a tensor that entered a module has other values now"
+    return None
+
+
+def _differ(a: Tensor, b: Tensor) -> Tensor:
+    """Whether these are samples of two batches; a 0-d bool tensor."""
+    if not a.is_floating_point():
+        return (a != b).sum() > _OTHER * len(a)
+    gap = (a - b).float()
+    spread = (a - a.float().mean()).float() if len(a) > 1 else a.float()
+    # NaN on both sides is the same; on one side it is not.
+    gap = torch.where(a.isnan() & b.isnan(), 0.0, gap)
+    limit = _APART * spread.nan_to_num(0.0).norm() + 1e-6 * a.float().norm()
+    return torch.logical_not(gap.norm() <= limit)
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    """(≤ 1024,) entries spread over the tensor, not all of one column."""
+    flat = tensor.detach().reshape(-1)
+    step = -(-len(flat) // _SAMPLE)
+    while step > 1 and math.gcd(step, len(flat)) > 1 and step < len(flat):
+        step += 1
+    return flat[::step]
 
 
 def _wrapped(tensor: Tensor) -> bool:
@@ -78,31 +108,3 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 def _each(values: Iterable[Any]) -> Iterator[Tensor]:
     for value in values:
         yield from _tensors(value)
-
-
-def _sample(tensor: Tensor) -> Tensor:
-    """(≤ 256,) entries spread over the tensor, not all of one column."""
-    flat = tensor.detach().reshape(-1)
-    step = -(-len(flat) // _SAMPLE)
-    while step > 1 and math.gcd(step, len(flat)) > 1 and step < len(flat):
-        step += 1
-    return flat[::step].clone()
-
-
-def changed(recorded: list[Entrant], now: list[Entrant]) -> str | None:
-    """What differs, in words; None where nothing does. At most one sync."""
-    if len(recorded) != len(now):
-        return f"{len(recorded)} tensor(s) entered the modules then, {len(now)} now"
-    doubts: list[Tensor] = []
-    for then, again in zip(recorded, now, strict=True):
-        apart = then.differs(again)
-        if apart is True:
-            return (
-                f"a tensor of shape {tuple(then.shape)} and {then.dtype} entered a module then, "
-                f"one of shape {tuple(again.shape)} and {again.dtype} now"
-            )
-        if isinstance(apart, Tensor):
-            doubts.append(apart)
-    if doubts and bool(torch.stack([d.to(doubts[0].device) for d in doubts]).any()):
-        return "a tensor that entered a module has other values now"
-    return None

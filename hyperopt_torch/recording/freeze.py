@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import enum
 import functools
-import random
-import sys
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .restore import Restoring
+from .restore import Restoring, is_generator, read_generator
 
 _FEW = 64  # entries of a container that is worth a copy
 _Attributes = list[tuple[dict[str, Any], dict[str, Any]]]  # an object's own, and a copy of them
@@ -61,28 +60,29 @@ class FrozenClosure:
         return present
 
     def _frozen(self, name: str, value: Any) -> Any:
-        if isinstance(value, types.FunctionType):
+        kind = _kind(type(value))
+        if kind is _Kind.CONSTANT:
+            return value
+        if kind is _Kind.CONTAINER:
+            return value.copy() if len(value) <= _FEW else value
+        if kind is _Kind.FUNCTION:
             return self._function(value)
-        if isinstance(value, types.MethodType):
+        if kind is _Kind.METHOD:
             owner = self._frozen("self", value.__self__)
             return types.MethodType(self._frozen(name, value.__func__), owner)
-        if isinstance(value, functools.partial):
-            if type(value) is not functools.partial:
-                return value
+        if kind is _Kind.PARTIAL:
             return functools.partial(self._frozen(name, value.func), *value.args, **value.keywords)
-        if type(value) in (list, dict):
-            return value.copy() if len(value) <= _FEW else value
-        self._note(name, value)
+        self._note(name, kind, value)
         return value
 
     def _function(self, function: types.FunctionType) -> types.FunctionType:
         known: types.FunctionType | None = self._twins.get(id(function))
         if known is not None:
             return known
+        if function.__module__ != self._home:
+            return function  # a library's: what it reads is its own affair
         scope = self._scopes.get(id(function.__globals__))
         if scope is None:
-            if function.__module__ != self._home:
-                return function  # a library's: what it reads is its own affair
             # Whole: what is defined inside a closure reads it too.
             scope = self._scopes[id(function.__globals__)] = dict(function.__globals__)
         cells = tuple(types.CellType() for _ in function.__closure__ or ())
@@ -101,38 +101,33 @@ class FrozenClosure:
         for name in _global_names(function.__code__):
             if name in scope:
                 value = scope[name]
-                if not isinstance(value, (types.FunctionType, types.MethodType)) or (
-                    getattr(value, "__globals__", None) is function.__globals__
-                ):
+                if _kind(type(value)) is not _Kind.CONSTANT:
                     scope[name] = self._frozen(name, value)
         return twin
 
-    def _note(self, name: str, value: Any) -> None:
+    def _note(self, name: str, kind: _Kind, value: Any) -> None:
         """Keeps what can be restored of an object that is not copied."""
-        if isinstance(value, nn.Module):
+        if kind is _Kind.MODULE:
             self.modules.append(value)
-        if isinstance(value, torch.Generator):
-            self._generators.append((value, value.get_state()))
-        elif isinstance(value, random.Random):
-            self._generators.append((value, value.getstate()))
-        elif _is_numpy_generator(value):
-            self._generators.append((value, value.bit_generator.state))
-        elif hasattr(value, "__next__"):
+        if kind is _Kind.GENERATOR:
+            self._generators.append((value, read_generator(value)))
+        elif kind is _Kind.ITERATOR:
             self.iterators.append(name)
-        elif (
-            (name == "self" or type(value).__module__ == self._home)
-            and not isinstance(value, (type, types.ModuleType))
-            and type(getattr(value, "__dict__", None)) is dict
+        elif (name == "self" or type(value).__module__ == self._home) and isinstance(
+            getattr(value, "__dict__", None), dict
         ):
             own = vars(value)
             if not any(own is known for known, _ in self._attributes):
                 then = dict(own)
                 self._attributes.append((own, then))
+                # The dicts in a module's or an optimizer's attributes are torch's own.
+                copied = kind is _Kind.OBJECT and not isinstance(value, torch.optim.Optimizer)
                 for attribute, held in then.items():
-                    if type(held) in (list, dict) and len(held) <= _FEW and not _torchs(value):
+                    inside = _kind(type(held))
+                    if inside is _Kind.CONTAINER and len(held) <= _FEW and copied:
                         then[attribute] = held.copy()
-                    elif not hasattr(held, "__dict__"):
-                        self._note(attribute, held)
+                    elif inside in (_Kind.GENERATOR, _Kind.ITERATOR):
+                        self._note(attribute, inside, held)
 
 
 def _function(closure: Any) -> Any:
@@ -141,14 +136,43 @@ def _function(closure: Any) -> Any:
     return closure
 
 
-def _torchs(value: Any) -> bool:
-    """Whether the dicts in an object's attributes are torch's own: the real ones are needed."""
-    return isinstance(value, (nn.Module, torch.optim.Optimizer))
+class _Kind(enum.Enum):
+    """What there is to freeze about a value."""
+
+    CONSTANT = enum.auto()
+    CONTAINER = enum.auto()
+    FUNCTION = enum.auto()
+    METHOD = enum.auto()
+    PARTIAL = enum.auto()
+    GENERATOR = enum.auto()
+    ITERATOR = enum.auto()
+    MODULE = enum.auto()
+    OBJECT = enum.auto()
 
 
-def _is_numpy_generator(value: Any) -> bool:
-    numpy = sys.modules.get("numpy")
-    return numpy is not None and isinstance(value, numpy.random.Generator)
+@functools.lru_cache(maxsize=1024)
+def _kind(cls: type) -> _Kind:
+    known = {
+        list: _Kind.CONTAINER,
+        dict: _Kind.CONTAINER,
+        types.FunctionType: _Kind.FUNCTION,
+        types.MethodType: _Kind.METHOD,
+        functools.partial: _Kind.PARTIAL,
+    }
+    if cls in known:
+        return known[cls]
+    if is_generator(cls):
+        return _Kind.GENERATOR
+    if issubclass(cls, nn.Module):
+        return _Kind.MODULE
+    if hasattr(cls, "__next__"):
+        return _Kind.ITERATOR
+    constant = issubclass(cls, (torch.Tensor, type, types.ModuleType)) or cls.__module__ in (
+        "builtins",
+        "functools",
+        "torch",
+    )
+    return _Kind.CONSTANT if constant else _Kind.OBJECT
 
 
 @functools.lru_cache(maxsize=256)

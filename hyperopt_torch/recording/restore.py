@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable, MutableMapping
 from types import TracebackType
 from typing import Any
@@ -92,6 +93,18 @@ def _become(own: dict[str, Any], wanted: dict[str, Any]) -> None:
     for name, value in wanted.items():
         if name not in own or own[name] is not value:
             own[name] = value
+
+
+def is_generator(cls: type) -> bool:
+    """Whether objects of this class are random generators that can be taken back."""
+    numpy = sys.modules.get("numpy")
+    classes: tuple[type, ...] = (torch.Generator, random.Random)
+    return issubclass(cls, classes if numpy is None else (*classes, numpy.random.Generator))
+
+
+def read_generator(generator: Any) -> Any:
+    """Its state."""
+    return _access(generator)[0]()
 
 
 def _access(generator: Any) -> tuple[Callable[[], Any], Callable[[Any], None]]:

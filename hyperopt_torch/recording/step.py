@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from .closure import Evaluation, evaluate
 from .door import Entrant, entrants
 from .freeze import FrozenClosure
 from .streams import StreamReader, Streams
-from .world import Modules, is_compiling, module_state
+from .world import Modules, module_state
+from .world import is_compiling as _is_compiling
 
 State = list[dict[str, Any]]  # of an optimizer, for each inner parameter
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Record:
     """A training closure as it was called in an inner step, and the world that it found.
 
@@ -76,7 +77,7 @@ class Recorder:
         frozen, streams = FrozenClosure(closure), self.reader.read()
         with watching(self._roots, self._last, ours) as watch:
             for module in frozen.modules:
-                if is_compiled(module) and not hasattr(module, "_orig_mod"):
+                if "_compiled_call_impl" in vars(module):
                     watch.adopt(module)  # compiled in place: hooks are compiled away
             evaluation = evaluate(closure)
         self._last = watch.modules
@@ -97,7 +98,8 @@ class Recorder:
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether a call of the module goes through torch.compile."""
-    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+    # Looked up where they are: asking a module for what it has not is slow.
+    return "_orig_mod" in module._modules or "_compiled_call_impl" in vars(module)
 
 
 class Watch:
@@ -114,7 +116,7 @@ class Watch:
         self._versions: list[tuple[Tensor, int]] = []
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
-        if threading.get_ident() != self._thread or is_compiling():
+        if _is_compiling() or threading.get_ident() != self._thread:
             return
         if module not in self.modules:
             if isinstance(module, torch.fx.GraphModule) and any(map(is_compiled, self.roots)):
@@ -143,32 +145,46 @@ class Watch:
         return [p for p, was in self._versions if p._version != was]
 
 
-@contextmanager
-def watching(
-    roots: Sequence[nn.Module] = (),
-    last: Modules | None = None,
-    ours: frozenset[int] = frozenset(),
-) -> Iterator[Watch]:
+class watching:
     """Watches the modules called inside.
 
     By a global hook, so that nobody has to name them. Where a module is compiled that would make
     torch.compile trace it anew and warn: from the second time on, only the known outermost modules
     are watched, by hooks of their own.
+
+    Args:
+        roots: the known outermost modules, where any of them is compiled.
+        last: what the last call found; None before the first.
+        ours: ids of the parameters of both levels.
     """
-    watch = Watch(last or {}, ours)
-    with warnings.catch_warnings() if last is None else nullcontext():
-        if last is None:
+
+    def __init__(
+        self,
+        roots: Sequence[nn.Module] = (),
+        last: Modules | None = None,
+        ours: frozenset[int] = frozenset(),
+    ) -> None:
+        self._roots, self._quiet = roots, None if last is not None else warnings.catch_warnings()
+        self._watch = Watch(last or {}, ours)
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> Watch:
+        if self._quiet is not None:
+            self._quiet.__enter__()
             warnings.filterwarnings("ignore", message=".*when there are global hooks on modules")
-        handles = (
-            [root.register_forward_pre_hook(watch.enter, with_kwargs=True) for root in roots]
-            if roots
-            else [register_module_forward_pre_hook(watch.enter)]
-        )
-        try:
-            yield watch
-        finally:
-            for handle in handles:
-                handle.remove()
+        enter = self._watch.enter
+        if self._roots:
+            hooks = [r.register_forward_pre_hook(enter, with_kwargs=True) for r in self._roots]
+            self._handles.extend(hooks)
+        else:
+            self._handles.append(register_module_forward_pre_hook(enter))
+        return self._watch
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        if self._quiet is not None:
+            self._quiet.__exit__(None, None, None)
 
 
 def settings_now(group: Mapping[str, Any]) -> dict[str, Any]:

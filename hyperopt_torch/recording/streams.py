@@ -22,6 +22,13 @@ class Streams(NamedTuple):
     numpy: Any
 
 
+def shared(streams: Streams, last: Streams) -> Streams:
+    """The same, in the memory of ``last`` where nothing was drawn since."""
+    cpu = last.cpu if _bytes(last.cpu) == _bytes(streams.cpu) else streams.cpu
+    python = last.python if last.python == streams.python else streams.python
+    return streams._replace(cpu=cpu, python=python)
+
+
 def _bytes(state: Tensor) -> bytes:
     return ctypes.string_at(state.data_ptr(), state.numel())
 
@@ -38,22 +45,15 @@ class StreamReader:
     def __init__(self, device: torch.device) -> None:
         self._device = device if device.type not in ("cpu", "meta") else None
         self._numpy: tuple[bytes, Any] | None = None
-        self._last: Streams | None = None
         self.end: Streams | None = None  # where the last evaluation on record left them
 
     def read(self) -> Streams:
-        """Where nothing was drawn since the last reading, both share their memory."""
+        """Where they stand now."""
         device = None
         if self._device is not None:
             device = getattr(torch, self._device.type).get_rng_state(self._device)
-        now = Streams(torch.get_rng_state(), device, random.getstate(), self._read_numpy())
-        last = self._last
-        if last is not None:
-            cpu = last.cpu if _bytes(last.cpu) == _bytes(now.cpu) else now.cpu
-            python = last.python if last.python == now.python else now.python
-            now = Streams(cpu, device, python, now.numpy)
-        self._last = now
-        return now
+        cpu = torch.default_generator.get_state()
+        return Streams(cpu, device, random.getstate(), self._read_numpy())
 
     def put(self, streams: Streams) -> None:
         """Takes the streams to where they stood."""

@@ -176,7 +176,9 @@ def _register_leave(hook: Callable[..., None]) -> RemovableHandle:
         return register_module_forward_hook(hook)
 
 
-def is_compiling() -> bool:
-    """Whether torch.compile is tracing: hooks must leave no trace in what it compiles."""
-    compiler = getattr(torch, "compiler", None)
-    return bool(compiler is not None and compiler.is_compiling())
+def _never() -> bool:
+    return False
+
+
+# Whether torch.compile is tracing: hooks must leave no trace in what it compiles.
+is_compiling: Callable[[], bool] = getattr(getattr(torch, "compiler", None), "is_compiling", _never)
