@@ -60,7 +60,8 @@ def self_check(
 def _size(parameter: Tensor) -> Tensor:
     """max(‖θ‖, √rows / 10): what a step of a tensor is measured by, also where it is zero."""
     rows = parameter.shape[0] if parameter.ndim > 1 else 1
-    return torch.linalg.vector_norm(parameter.detach()).clamp(min=0.1 * rows**0.5)
+    size: Tensor = torch.linalg.vector_norm(parameter.detach()).clamp(min=0.1 * rows**0.5)
+    return size
 
 
 def _direction(layout: FlatLayout, sizes: Sequence[Tensor], step: float) -> tuple[Tensor, Tensor]:

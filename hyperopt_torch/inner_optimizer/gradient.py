@@ -107,7 +107,8 @@ def _hooked(gradient: Tensor | None, hooks: _Hooks) -> Tensor | None:
 def _norm(gradients: Sequence[Tensor]) -> Tensor:
     """Of all of them together, in float32 at least."""
     norms = torch._foreach_norm(list(gradients))
-    return torch.linalg.vector_norm(torch.stack([n.to(_wide(n)) for n in norms]))
+    total: Tensor = torch.linalg.vector_norm(torch.stack([n.to(_wide(n)) for n in norms]))
+    return total
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -127,4 +128,5 @@ def _print(gradients: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
 
 def _gap(norms: Tensor, then: Tensor) -> Tensor:
     size = torch.linalg.vector_norm(then).clamp(min=torch.finfo(then.dtype).tiny)
-    return torch.linalg.vector_norm(norms - then) / size
+    gap: Tensor = torch.linalg.vector_norm(norms - then) / size
+    return gap

@@ -60,7 +60,7 @@ class FrozenClosure:
         return present
 
     def _frozen(self, name: str, value: Any) -> Any:
-        kind = _kind(type(value))
+        kind = _kind(value)
         if kind is _Kind.CONSTANT:
             return value
         if kind is _Kind.CONTAINER:
@@ -101,7 +101,7 @@ class FrozenClosure:
         for name in _global_names(function.__code__):
             if name in scope:
                 value = scope[name]
-                if _kind(type(value)) is not _Kind.CONSTANT:
+                if _kind(value) is not _Kind.CONSTANT:
                     scope[name] = self._frozen(name, value)
         return twin
 
@@ -123,7 +123,7 @@ class FrozenClosure:
                 # The dicts in a module's or an optimizer's attributes are torch's own.
                 copied = kind is _Kind.OBJECT and not isinstance(value, torch.optim.Optimizer)
                 for attribute, held in then.items():
-                    inside = _kind(type(held))
+                    inside = _kind(held)
                     if inside is _Kind.CONTAINER and len(held) <= _FEW and copied:
                         then[attribute] = held.copy()
                     elif inside in (_Kind.GENERATOR, _Kind.ITERATOR):
@@ -150,8 +150,13 @@ class _Kind(enum.Enum):
     OBJECT = enum.auto()
 
 
+def _kind(value: Any) -> _Kind:
+    cls: Any = type(value)
+    return _kind_of_class(cls)
+
+
 @functools.lru_cache(maxsize=1024)
-def _kind(cls: type) -> _Kind:
+def _kind_of_class(cls: Any) -> _Kind:
     known = {
         list: _Kind.CONTAINER,
         dict: _Kind.CONTAINER,
