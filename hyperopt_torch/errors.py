@@ -32,8 +32,11 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
 
 
 class HypergradientWarning(UserWarning):
-    pass
+    """A hypergradient is not to be trusted; the text says why and what to do.
+
+    Given once of each kind by ``BilevelOptimizer(on_trouble="warn")``.
+    """
 
 
 class HypergradientError(RuntimeError):
-    pass
+    """The same, from ``BilevelOptimizer(on_trouble="raise")``, before anything has moved."""

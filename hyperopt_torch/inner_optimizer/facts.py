@@ -157,7 +157,7 @@ class _Probe:
 
     def __init__(self, optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> None:
         self._optimizer, self._group = optimizer, group
-        shape = [min(size, 3) for size in parameter.shape]
+        shape = [max(1, min(size, 3)) for size in parameter.shape]
         count = max(1, torch.Size(shape).numel())
         like = {"dtype": torch.float64, "device": parameter.device}
         if parameter.device.type == "mps":
