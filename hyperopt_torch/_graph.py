@@ -135,7 +135,7 @@ def short_way_is_safe(nodes: list[Any], inner: Sequence[Tensor], outer: Sequence
 
     Hooks on other tensors on the way to φ alone cannot be seen from here; they see nothing of θ.
 
-    Cost: about 0.1 µs a node.
+    Cost: about 0.2 µs a node.
     """
     leaves = set()
     for kind in {type(node) for node in nodes}:
@@ -143,13 +143,10 @@ def short_way_is_safe(nodes: list[Any], inner: Sequence[Tensor], outer: Sequence
             leaves.add(kind)
         elif kind.__name__ == "CppFunction" or issubclass(kind, BackwardCFunction):
             return False
-    known = set(map(id, inner))
-    for node in nodes:
-        if type(node) in leaves and id(node.variable) not in known:
-            if any(_hooks(node.variable)) or not any(node.variable is phi for phi in outer):
-                return False
-            known.add(id(node.variable))
-    return True
+    theta, phi = set(map(id, inner)), set(map(id, outer))
+    others = [node.variable for node in nodes if type(node) in leaves]
+    others = [leaf for leaf in others if id(leaf) not in theta]
+    return all(id(leaf) in phi and not _hooks(leaf) for leaf in others)
 
 
 def _hooks(tensor: Tensor) -> list[Any]:

@@ -13,7 +13,7 @@ from ._tensors import FlatLayout
 _NARROW = 1e6  # a dtype that ends below this: float16, from 6e-8 to 65504
 _START = 65536.0  # a GradScaler's own
 _TARGET = 4.0  # largest entry of a scaled ∇f: room of 2^14 above and of 2^26 below
-_TRIES, _DOWN = 4, 2.0**-12  # how often, and how far, to go down from a scale that overflows
+_TRIES, _FAR = 4, 2.0**12  # how often, and how far, to go from a scale that over- or underflows
 _MOST = 60  # binades, so that the scale itself does not overflow
 _STEP = 8.0  # a lifted vector is this many times shorter than θ
 _LEAST_RMS = 1 / 64  # taken for θ where it is smaller, as where it starts at zero
@@ -81,16 +81,14 @@ class Range:
 def _suited(
     loss: Tensor, inner: Sequence[Tensor], layout: FlatLayout, scale: Tensor | float
 ) -> Tensor | float:
-    """The scale of f that suits its products; 1 where ∇f is not finite at any."""
+    """The scale of f that suits its products; 1 where ∇f is zero, or not finite, at any."""
     for _ in range(_TRIES):
         grads = torch.autograd.grad(loss * scale, inner, retain_graph=True, allow_unused=True)
         largest = float(layout.flatten(grads).abs().amax())
-        if largest == 0:
-            return scale
-        if math.isfinite(largest):
+        if 0 < largest < math.inf:
             exponent = math.floor(math.log2(_TARGET / largest))
             return scale * 2.0 ** max(-_MOST, min(exponent, _MOST))
-        scale = scale * _DOWN
+        scale = scale * (_FAR if largest == 0 else 1 / _FAR)
     return 1.0
 
 

@@ -78,24 +78,28 @@ def wide_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if x.device.type == "mps" else torch.float64
 
 
-_BLOCK_ENTRIES = 1 << 20  # entries converted at a time: the wide copy never matches x in memory
+# Entries converted at a time: the wide copy never matches x in memory. Of one vector on a CPU so
+# few that the copy stays in its cache: ten times faster (measured) than to fetch new memory.
+_BLOCK_ENTRIES, _CACHED_ENTRIES = 1 << 20, 1 << 16
 
 
 def inner_product(x: Tensor, y: Tensor) -> Tensor:
     """xᵀy summed in float64: (n,), (n,) -> (); (n, j), (n, k) -> (j, k)."""
-    wide = wide_dtype(x)
+    wide, entries = wide_dtype(x), _BLOCK_ENTRIES
+    if x.dtype == y.dtype == wide:
+        return x.mT @ y if x.ndim == 2 else x @ y
     if x.ndim == y.ndim == 1:
-        if len(x) <= _BLOCK_ENTRIES:  # widened first: small entries must not underflow
+        if x.device.type == "cpu":
+            entries = _CACHED_ENTRIES
+        if len(x) <= entries:  # at once: small problems are all overhead
             widened = x.to(wide)
             return widened @ (widened if y is x else y.to(wide))
-    elif x.dtype == wide and y.dtype == wide:
-        return x.mT @ y if x.ndim == 2 else x @ y
-    columns = max(x[0].numel(), y[0].numel())
-    rows = max(1, _BLOCK_ENTRIES // columns)
+    rows = max(1, entries // max(x[0].numel(), y[0].numel()))
     total: Tensor | None = None
     for xs, ys in zip(torch.split(x, rows), torch.split(y, rows), strict=True):
-        xs, ys = xs.to(wide), ys.to(wide)
-        block = xs.mT @ ys if xs.ndim == 2 else xs @ ys
+        widened = xs.to(wide)  # before the product: small entries must not underflow
+        other = widened if y is x else ys.to(wide)
+        block = widened.mT @ other if xs.ndim == 2 else widened @ other
         total = block if total is None else total + block
     assert total is not None
     return total

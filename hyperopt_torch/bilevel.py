@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ._graph import graph_nodes, short_way_is_safe, without_parameter_hooks
@@ -590,6 +590,7 @@ class BilevelOptimizer:
         keep_outer_graph: bool = False,
     ) -> list[tuple[Tensor, Tensor | None]]:
         self._put_outer_grads_back()
+        _check_one_process(self._records if train_loss is None else [])
         problem = BilevelProblem(
             self._real,
             self.outer,
@@ -618,14 +619,15 @@ class BilevelOptimizer:
         report = self.report
         if self._device.type == "meta":  # nothing has a value there
             return True
-        if self.on_trouble == "ignore":
-            return bool(report.finite)
-        troubles = report.troubles()
+        troubles = [] if self.on_trouble == "ignore" else report.troubles()
+        finite = bool(report.finite)
+        if not finite:
+            self.estimator.recover()
         if troubles and self.on_trouble == "raise":
             raise HypergradientError("; ".join(trouble.text for trouble in troubles))
         for trouble in troubles:
             self._say(trouble)
-        return not any(trouble.kind == "not_finite" for trouble in troubles)
+        return finite
 
     def _say(self, trouble: Trouble) -> None:
         """Once of each kind."""
@@ -730,6 +732,27 @@ def _check_optimizers(inner: Sequence[Any], outer: Any) -> None:
         )
 
 
+def _check_one_process(records: Sequence[Record]) -> None:
+    """RuntimeError where several processes hold a share of the inner problem each."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return
+    if torch.distributed.get_world_size() == 1:
+        return
+    wrappers = (nn.parallel.DistributedDataParallel,)
+    sharded = any(
+        isinstance(module, wrappers) or any(hasattr(p, "placements") for p in module.parameters())
+        for record in records
+        for module in record.modules
+    )
+    if sharded:
+        raise RuntimeError(
+            "The inner problem is spread over several processes (DistributedDataParallel, FSDP), "
+            "which the products do not know of yet: each process would get another hypergradient. "
+            "Run the bilevel loop in one process, or give outer_step a training closure over the "
+            "whole data and the module inside, ddp.module."
+        )
+
+
 def _checked_state(
     state_dict: Mapping[str, Any], inner: Sequence[Optimizer], outer: Optimizer
 ) -> list[Any]:
@@ -762,7 +785,10 @@ def judged(
     """Whether all is finite, on record; what is not leaves no finite hypergradient behind."""
     parts = [g for g in hypergradient if g is not None]
     norm = torch.stack([inner_product(g.flatten(), g.flatten()) for g in parts]).sum().sqrt()
-    sizes = [norm, report.rhs_norm, report.solution_norm, report.inner_gradient_norm, report.loss]
+    sizes = (
+        *(norm, report.loss, report.rhs_norm, report.solution_norm),
+        *(report.inner_gradient_norm, report.residual, report.growth),
+    )
     known = [s.to(norm) for s in sizes if s is not None]
     zero = torch.stack([*known, val_loss.detach().to(norm)]).sum() * 0  # NaN, if one of them is not
     report = replace(report, hypergradient_norm=norm + zero, finite=zero == 0)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 _GROWTH = 100.0  # of an adjoint over the inner steps
+_NEAR = 0.1  # a residual that serves, whatever the tolerance was
 _KINK = 0.2  # of a difference of gradients: what is above bends in corners
 
 
@@ -74,6 +75,7 @@ class SolveReport:
         loss: f at the current point.
         hypergradient_norm: ‖dg/dφ‖ over all outer parameters.
         finite: whether losses, products, solution and hypergradient are all finite.
+        diverged: whether a series grew instead of converging, and was cut.
         damping: ρ.
         curvature: xᵀ(H + ρI)x, where known.
         precision: machine epsilon of the coarsest dtype that the training loss computes in, where
@@ -97,6 +99,7 @@ class SolveReport:
     loss: Tensor | None = None
     hypergradient_norm: Tensor | None = None
     finite: Tensor | bool | None = None
+    diverged: Tensor | bool | None = None
     damping: Tensor | float | None = None
     curvature: Tensor | None = None
     precision: float | None = None
@@ -150,9 +153,9 @@ class SolveReport:
 
 _SELF_CHECK = (
     "against differences of gradients {}: second derivatives of the training loss are wrong. "
-    "Suspects: a custom autograd.Function without a differentiable backward, the old "
-    "torch.nn.utils.weight_norm (take torch.nn.utils.parametrizations.weight_norm), hooks that "
-    "change gradients, a random source of the closure's own. To find it leave parts of the loss out"
+    "Suspects: a custom autograd.Function without a differentiable backward, "
+    "weight_norm of torch, old and new (write v * (g / v.norm()) instead), hooks that change "
+    "gradients, a random source of the closure's own. To find it leave parts of the loss out"
 )
 
 
@@ -207,7 +210,15 @@ def _of_the_solve(known: dict[str, Any]) -> list[tuple[str, str]]:
                 "damping, rank or max_iter",
             )
         )
-    if known["converged"] is False:
+    if known["diverged"]:
+        found.append(
+            (
+                "diverged",
+                "the series diverged and was cut at its shortest term: H + damping has eigenvalues "
+                "below 0 or above 2/scale; lower scale or raise damping",
+            )
+        )
+    if known["converged"] is False and not (residual is not None and residual <= _NEAR):
         found.append(
             (
                 "not_converged",

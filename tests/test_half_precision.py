@@ -70,8 +70,6 @@ SCALES = {
 @pytest.mark.parametrize("size", [100.0, 1.0, 1e-4, 1e-6])
 @pytest.mark.parametrize("make", [mlp, normalised])
 def test_products_in_float16(make, size, scale):
-    if size == 1e-6 and isinstance(scale, Tensor) and scale == 1:
-        pytest.skip("the whole gradient is below 6e-8: there is nothing to measure")
     rig = Rig(make, size)
     plain, half = rig.gradient(None), rig.gradient(torch.float16, scale)
     assert error(half.gradient, plain.gradient) < TOLERANCE

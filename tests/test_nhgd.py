@@ -809,7 +809,9 @@ def test_meta_device(observer):
     rig.decay = rig.decay.detach().to("meta").requires_grad_()
     rig.inner = SGD(rig.model.parameters(), lr=0.1)
     outer = SGD([rig.phi, rig.decay], lr=0.1)
-    rig.bo = BilevelOptimizer(rig.inner, outer, rig.bo.estimator.ihvp)
+    nhgd = rig.bo.estimator.ihvp
+    del rig.bo  # it serves one at a time
+    rig.bo = BilevelOptimizer(rig.inner, outer, nhgd)
     rig.run()
     assert rig.bo.report.residual.device.type == "meta"
     tensors = [t for t in rig.bo.estimator.ihvp.state.values() if isinstance(t, Tensor)]
@@ -820,11 +822,13 @@ def test_meta_device(observer):
 def test_memory_follows_the_parameters(observer):
     """A checkpoint from another device or dtype is moved at the next use."""
     nhgd = OBSERVERS[observer]()
-    rig = Rig(nhgd).run(2)
+    rig = Rig(nhgd)
+    rig.run(2)
     rig.model.float()
     rig.x = rig.x.float()
     rig.phi, rig.decay = (p.detach().float().requires_grad_() for p in (rig.phi, rig.decay))
     rig.inner = SGD(rig.model.parameters(), lr=0.1)
+    del rig.bo  # it serves one at a time
     bo = BilevelOptimizer(rig.inner, SGD([rig.phi, rig.decay], lr=0.1), nhgd)
     bo.outer_step(rig.val(), rig.train)
     bo.inner_step(rig.train)

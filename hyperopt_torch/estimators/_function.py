@@ -81,7 +81,11 @@ class InnerFunction:
             evaluation = evaluate()
             loss = evaluation.loss if factor == 1 else factor * evaluation.loss
             f = InnerGradient(
-                loss, problem.inner_parameters, problem.outer_parameters, evaluation.outputs
+                loss,
+                problem.inner_parameters,
+                problem.outer_parameters,
+                evaluation.outputs,
+                scale=1.0 if problem.scale is None else problem.scale,
             )
         return f, evaluation
 

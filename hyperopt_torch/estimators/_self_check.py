@@ -37,6 +37,8 @@ def self_check(
     full = f.precision is None and set(layout.dtypes) == {layout.dtype}
     if step is None or not full or layout.device.type == "meta":
         return None
+    if any(not p.numel() for p in problem.inner_parameters):
+        return None
     sizes = [_size(p) for p in problem.inner_parameters]
     x, epsilon = _direction(layout, sizes, step)
     plus, minus = (_gradients(problem, objective, f, x, e) for e in (epsilon, -epsilon))

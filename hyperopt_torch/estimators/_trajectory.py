@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._graph import graph_leaves, graph_nodes
+from .._graph import check_differentiable, graph_leaves, graph_nodes
 from .._tensors import inner_product
 from ..inner_optimizer import (
     Change,
@@ -246,6 +246,7 @@ def follow(
                 evaluation = again(record, going_on.get(id(record)))
                 if line_search:
                     going_on[id(record)] = record.reader.end
+                check_differentiable(evaluation.loss, "training")
                 reached.update(map(id, graph_leaves(graph_nodes(evaluation.loss))))
                 grads = torch.autograd.grad(evaluation.loss, parameters, allow_unused=True)
             total = [plus(s, weight, g) for s, g in zip(total, grads, strict=True)]

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .._graph import explained
-from .._tensors import trainable
+from .._graph import check_differentiable, explained
+from .._tensors import dense, trainable
 from ..inner_optimizer import learned, parameters_of
 from ..recording import OUTSIDE, Evaluation, InnerObjective, Record, World
 from ..report import SolveReport
@@ -71,6 +71,12 @@ class BilevelProblem:
             )
         return self.objective
 
+    def _unscaled(self, gradient: Tensor) -> Tensor:
+        if self.scale is None:
+            return gradient
+        # A scale of 2^16 is infinite in float16, and small numbers are zero.
+        return _at_least_single(gradient) / self.scale
+
     def explained_training_errors(self) -> AbstractContextManager[None]:
         """Around a differentiation of the training loss: what went wrong, in the user's terms."""
         if self.objective is None or self.objective.repeatable:
@@ -96,6 +102,7 @@ class BilevelProblem:
                 before the inner parameters moved.
         """
         check_outer_loss(outer_loss)
+        check_differentiable(outer_loss, "validation")
         inner = self.inner_parameters if self.averaged is None else list(self.averaged)
         split = len(inner)
         # Activation checkpoints run modules again.
@@ -114,14 +121,17 @@ class BilevelProblem:
                 allow_unused=True,
                 retain_graph=self.keep_outer_graph,
             )
-        if self.scale is not None:
-            grads = tuple(None if g is None else g / self.scale.to(g.dtype) for g in grads)
+        grads = tuple(None if g is None else self._unscaled(dense(g)) for g in grads)
         if all(g is None for g in grads[:split]):
             raise RuntimeError(
                 "The validation loss depends on none of the inner parameters: does the inner "
                 "optimizer hold the parameters of the model that the loss was computed with?"
             )
         return grads[:split], grads[split:]
+
+
+def _at_least_single(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def check_levels(inner: Sequence[Tensor], outer: Sequence[Tensor]) -> None:
@@ -248,6 +258,9 @@ class HypergradientEstimator(ABC):
 
     def restart(self) -> None:
         """Called after each outer step: a new stretch of inner steps begins."""
+
+    def recover(self) -> None:
+        """Called where a hypergradient was not finite: what came of it must not live on."""
 
     def reset(self) -> None:
         """Forgets everything learned so far: for a new inner problem."""

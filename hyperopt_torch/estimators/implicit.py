@@ -208,10 +208,15 @@ class ImplicitDifferentiation(HypergradientEstimator):
             rank=solution.rank,
             negative_curvature=solution.negative_curvature,
             converged=solution.converged,
+            diverged=solution.diverged,
             damping=self.ihvp.damping,
             curvature=solution.curvature,
             notes=solution.notes,
         )
+
+    def recover(self) -> None:
+        if not self.ihvp.observes:  # a memory of inner steps has nothing to do with it
+            self.reset()
 
     def reset(self) -> None:
         self.ihvp.reset()
@@ -222,6 +227,8 @@ class ImplicitDifferentiation(HypergradientEstimator):
         return {"ihvp": self.ihvp.state_dict(), "theta": theta}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        if not isinstance(state_dict, Mapping) or not {"ihvp", "theta"} <= state_dict.keys():
+            raise ValueError(f"This is no state of {type(self).__name__}: {state_dict!r:.80}")
         self.ihvp.load_state_dict(state_dict["ihvp"])
         theta = state_dict["theta"]
         self._theta = None if theta is None else theta.clone()

@@ -223,6 +223,8 @@ class PZOBO(TrajectoryEstimator):
         return {"seed": self.seed, "draws": self._draws}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        if not isinstance(state_dict, Mapping) or not {"seed", "draws"} <= state_dict.keys():
+            raise ValueError(f"This is no state of {type(self).__name__}: {state_dict!r:.80}")
         self.seed, self._draws = state_dict["seed"], state_dict["draws"]
 
 

@@ -224,7 +224,8 @@ class _Terms:
                 with problem.explained_training_errors():
                     evaluation = again_checked(record, agree)
                     inner, outer = problem.inner_parameters, problem.outer_parameters
-                    gradient = InnerGradient(evaluation.loss, inner, outer)
+                    scale = 1.0 if problem.scale is None else problem.scale
+                    gradient = InnerGradient(evaluation.loss, inner, outer, scale=scale)
                 del evaluation
                 yield weight, gradient
                 del gradient

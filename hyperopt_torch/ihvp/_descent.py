@@ -41,7 +41,9 @@ class Descent:
     def residual(self) -> float:
         return self.norm / self.rhs_norm if self.rhs_norm > 0 else 0.0
 
-    def solution(self, tol: float | None, notes: tuple[str, ...] = ()) -> Solution:
+    def solution(
+        self, A: LinearOperator, b: Tensor, tol: float | None, notes: tuple[str, ...] = ()
+    ) -> Solution:
         """The result as a strategy returns it; ``tol`` is what it promised, if anything."""
         return Solution(
             self.x,
@@ -49,6 +51,7 @@ class Descent:
             residual=torch.tensor(self.residual, dtype=torch.float64, device=self.x.device),
             negative_curvature=self.negative,
             converged=None if tol is None else self.residual <= tol,
+            curvature=A.inner(self.x, b - self.r),
             notes=notes,
         )
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..operators import LinearOperator
+from ._watchman import Watched
 
 Self = TypeVar("Self", bound="Memory")
 
@@ -24,7 +27,9 @@ class Solution:
         x: (n,) the solution.
         cross: (h,) Jᵀx, where it came along with the products; the caller computes it otherwise.
         residual: ‖b - (H + ρI) x‖ / ‖b‖, where known without a further product.
-        rank, negative_curvature, converged, notes: as in :class:`~hyperopt_torch.SolveReport`.
+        curvature: xᵀ(H + ρI)x, where known without a further product.
+        rank, negative_curvature, converged, diverged, notes: as in
+            :class:`~hyperopt_torch.SolveReport`.
     """
 
     x: Tensor
@@ -35,6 +40,7 @@ class Solution:
     converged: Tensor | bool | None = None
     notes: tuple[str, ...] = ()
     curvature: Tensor | None = None
+    diverged: Tensor | bool | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,17 @@ class InnerStep:
         return self.chosen_rows[[place[sample] for sample in index]]
 
 
+_SHAPING = (
+    "window",
+    "corrections",
+    "rank",
+    "subspace_dim",
+    "structure",
+    "rows",
+    "scale",
+)  # names of settings, of any strategy
+
+
 class Memory:
     """Settings that never change and a ``state`` that does: what strategies and their parts share.
 
@@ -83,6 +100,7 @@ class Memory:
     """
 
     state: dict[str, Any]
+    _owner: weakref.ref[object] | None = None
 
     def __init__(self) -> None:
         self.state = self.initial_state()
@@ -102,7 +120,7 @@ class Memory:
 
     def fresh(self: Self) -> Self:
         """A copy with the same settings and no memory."""
-        twin = copy.copy(self)
+        twin = copy.copy(self)  # without its owner
         for name, part in self._parts().items():
             setattr(twin, name, part.fresh())
         twin.state = twin.initial_state()
@@ -112,6 +130,7 @@ class Memory:
         """The memory; loads with ``torch.load(..., weights_only=True)``."""
         return {
             "strategy": type(self).__name__,
+            "settings": self._shape(),
             "state": _cloned(self.state),
             "parts": {name: part.state_dict() for name, part in self._parts().items()},
         }
@@ -120,23 +139,71 @@ class Memory:
         """Restores what :meth:`state_dict` gave.
 
         Raises:
-            ValueError: the memory belongs to another strategy.
+            ValueError: it is no such dict, or the memory of another strategy, or of one with
+                another window, rank or the like; nothing has been changed then.
         """
-        parts = self._parts()
-        if (
-            state_dict["strategy"] != type(self).__name__
-            or parts.keys() != state_dict["parts"].keys()
-        ):
+        self._check_state(state_dict)
+        self._load(state_dict)
+
+    def _load(self, state_dict: Mapping[str, Any]) -> None:
+        self.state = _cloned(state_dict["state"])
+        for name, part in self._parts().items():
+            part._load(state_dict["parts"][name])
+
+    def _check_state(self, state_dict: Any) -> None:
+        name, keys = type(self).__name__, ("strategy", "settings", "state", "parts")
+        missing = [k for k in keys if not isinstance(state_dict, Mapping) or k not in state_dict]
+        if missing:
             raise ValueError(
-                f"This state belongs to {state_dict['strategy']}, not to {type(self).__name__}; "
+                f"This is no state of {name}: it has no {', '.join(map(repr, missing))}. Load what "
+                "state_dict() of the same strategy returned."
+            )
+        parts = self._parts()
+        if state_dict["strategy"] != name or parts.keys() != state_dict["parts"].keys():
+            raise ValueError(
+                f"This state belongs to {state_dict['strategy']}, not to {name}; "
                 "load it into the strategy that saved it."
             )
-        self.state = _cloned(state_dict["state"])
-        for name, part in parts.items():
-            part.load_state_dict(state_dict["parts"][name])
+        if state_dict["settings"] != self._shape():
+            raise ValueError(
+                f"This state belongs to {name} with {state_dict['settings']}, not with "
+                f"{self._shape()}; load it into a strategy of the same settings."
+            )
+        for key, part in parts.items():
+            part._check_state(state_dict["parts"][key])
+
+    def _shape(self) -> dict[str, Any]:
+        """The settings that decide how the memory looks."""
+        return {name: getattr(self, name) for name in _SHAPING if name in vars(self)}
+
+    @property
+    def remembers(self) -> bool:
+        """Whether one solve, or inner step, changes what comes of the next."""
+        own = self.observes or getattr(self, "warm_start", False) or getattr(self, "follows", False)
+        return own or any(part.remembers for part in self._parts().values())
 
     def claim(self, owner: object) -> None:
-        pass
+        """Takes the strategy for one owner.
+
+        Raises:
+            ValueError: it remembers, and serves another owner that is still alive.
+        """
+        if self.remembers and self._other(owner) is not None:
+            gc.collect()  # an owner of the past may be waiting to be collected
+        known = self._other(owner)
+        if self.remembers and known is not None:
+            raise ValueError(
+                f"This {self!r} already serves another {type(known).__name__}, and what it "
+                "remembers is about that run. Give each its own: strategy.fresh()."
+            )
+        self._owner = weakref.ref(owner)
+
+    def _other(self, owner: object) -> object | None:
+        known = None if self._owner is None else self._owner()
+        return None if known is owner else known
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_owner"}
 
     @property
     def observes(self) -> bool:
@@ -193,8 +260,33 @@ class IHVP(Memory, ABC):
         """x ≈ (H + damping·I)⁻¹ rhs: (n,) -> (n,), alone or in a :class:`Solution`."""
 
     def solution(self, operator: LinearOperator, rhs: Tensor) -> Solution:
-        found = self.solve(operator, rhs)
-        return found if isinstance(found, Solution) else Solution(found)
+        """:meth:`solve`, watched: where anything met was not finite, so is the solution.
+
+        A memory of another dtype, device or size is forgotten first (``model.to(...)``).
+        """
+        if not self.observes and self._is_stale(rhs):
+            self.reset()
+        watched, notes = Watched(operator, rhs), ()
+        try:
+            found = self.solve(watched, rhs)
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # eigenvalues of NaN
+            found = Solution(rhs * torch.nan, notes=(f"linear algebra failed: {error}",))
+        operator.matvecs = max(operator.matvecs, watched.matvecs)
+        solution = found if isinstance(found, Solution) else Solution(found, notes=notes)
+        poison = watched.poison.to(rhs.dtype)
+        cross = solution.cross
+        return replace(
+            solution,
+            x=solution.x + poison,
+            cross=None if cross is None else cross + poison.to(cross.dtype),
+        )
+
+    def _is_stale(self, rhs: Tensor) -> bool:
+        memories: list[Memory] = [self, *self._parts().values()]
+        tensors = [v for m in memories for v in m.state.values() if isinstance(v, Tensor)]
+        vectors = [v for v in tensors if v.ndim and v.is_floating_point() and len(rhs) in v.shape]
+        like = (rhs.dtype, rhs.device)
+        return any((v.dtype, v.device) != like for v in vectors if v.numel() >= len(rhs))
 
 
 def rescaled(operator: LinearOperator, damping: float, rhs: Tensor, x: Tensor) -> Solution:
@@ -212,7 +304,9 @@ def rescaled(operator: LinearOperator, damping: float, rhs: Tensor, x: Tensor) -
     r = rhs - a * Ax
     bb = operator.inner(rhs, rhs)
     residual = (operator.inner(r, r) / torch.where(bb > 0, bb, 1.0)).sqrt()
-    return Solution(a * x, a * cross, residual, negative_curvature=flat)
+    return Solution(
+        a * x, a * cross, residual, negative_curvature=flat, curvature=a * a * curvature
+    )
 
 
 class Preconditioner(Memory, ABC):

@@ -122,6 +122,7 @@ class ConjugateGradient(IHVP):
             beta = _select(active, rr / _select(previous > 0, previous, 1.0), 0.0)
             p, pp = _axpy(beta, p, r), rr + beta * beta * pp
             active = active & (rr > stop)
+        energy = A.inner(x, rhs - r)
         retreat = negative | (rr > _RUNAWAY**2 * bb)
         x, h = _select(retreat, best_x, x), _select(retreat, best_h, h)
         rr = _select(retreat, best_rr, rr)
@@ -134,6 +135,7 @@ class ConjugateGradient(IHVP):
             residual=torch.as_tensor(residual, dtype=wide_dtype(rhs), device=rhs.device),
             negative_curvature=negative,
             converged=rr <= stop if self.tol > 0 else None,
+            curvature=torch.where(torch.as_tensor(retreat), torch.inf, energy),  # not of that x
         )
 
     def _preconditioned(
@@ -147,7 +149,7 @@ class ConjugateGradient(IHVP):
         preconditioner.learn(operator, [(p.q, p.Aq - self.damping * p.q) for p in found.pairs])
         if self.warm_start:
             self.state["x"] = found.x
-        return found.solution(self.tol or None)
+        return found.solution(A, rhs, self.tol or None)
 
     def _start(
         self, A: LinearOperator, rhs: Tensor, read: Callable[[Tensor], Any]

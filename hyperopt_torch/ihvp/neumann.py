@@ -34,7 +34,7 @@ class Neumann(IHVP):
 
     Trouble: where terms grow twice in a row by more than 5%, the partial sum with the smallest
     residual is returned (a multiple of b, if the first term grew already) and the report says
-    ``converged=False``; ``negative_curvature`` is set where a term saw some.
+    ``diverged``; ``negative_curvature`` is set where a term saw some.
 
     Cost: K products (8 more when α is looked for), 4 vectors of memory; with "auto" one sync.
 
@@ -87,9 +87,7 @@ class Neumann(IHVP):
         x = alpha * torch.where(diverged, best, total)
         if self.scale == "auto":
             self.state["diverged"] = diverged
-        return Solution(
-            x.to(rhs.dtype), negative_curvature=negative, converged=~diverged & norm2.isfinite()
-        )
+        return Solution(x.to(rhs.dtype), negative_curvature=negative, diverged=diverged)
 
     def _alpha(self, A: LinearOperator, rhs: Tensor) -> Tensor | float:
         if not isinstance(self.scale, str):

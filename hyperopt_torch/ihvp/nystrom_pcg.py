@@ -172,7 +172,7 @@ class NystromPCG(IHVP):
         self.state["age"] = self.refresh_every if worn or found.negative else age + 1
         self.state["x"] = found.x
         found.negative = found.negative or indefinite
-        return found.solution(self.tol or None, notes)
+        return found.solution(A, rhs, self.tol or None, notes)
 
 
 def _symmetric(M: Tensor) -> Tensor:

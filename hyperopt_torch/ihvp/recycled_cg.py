@@ -88,4 +88,4 @@ class RecycledCG(IHVP):
         else:
             self.pairs.learn(operator, [(p.q, p.Aq - self.damping * p.q) for p in paid])
         self.state["x"] = found.x
-        return found.solution(self.tol, notes)
+        return found.solution(A, rhs, self.tol, notes)

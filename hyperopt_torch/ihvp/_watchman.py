@@ -1,0 +1,57 @@
+"""What watches every solve, whatever the strategy: nothing that is not finite gets lost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ..operators import LinearOperator
+
+
+class Watched(LinearOperator):
+    """The same operator; remembers whether anything that came out of it was not finite.
+
+    A safeguard compares, and a comparison with NaN is false: so it may return an older iterate, or
+    zero, as if nothing had been. What was met is kept apart, on the device, without waiting.
+
+    Attributes:
+        poison: () 0, or NaN once a product was not finite.
+    """
+
+    def __init__(self, operator: LinearOperator, rhs: Tensor) -> None:
+        super().__init__(operator.shape[0], operator.dtype, operator.device)
+        self.operator = operator
+        self.poison = _poison(rhs)
+
+    def _keep(self, product: Tensor) -> Tensor:
+        if product.numel():
+            self.poison = self.poison + _poison(product)
+        return product
+
+    def _product(self, x: Tensor) -> Tensor:
+        return self._keep(self.operator @ x)
+
+    def _products(self, X: Tensor) -> Tensor:
+        return self._keep(self.operator @ X)
+
+    def _joint(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        product, cross = self.operator.joint(x)
+        return self._keep(product), self._keep(cross)
+
+    def inner(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.operator.inner(x, y)
+
+    def basis(self, index: Sequence[int]) -> Tensor:
+        return self.operator.basis(index)
+
+    def take(self, x: Tensor, index: Sequence[int]) -> Tensor:
+        return self.operator.take(x, index)
+
+    def place(self, y: Tensor, index: Sequence[int]) -> Tensor:
+        return self.operator.place(y, index)
+
+
+def _poison(x: Tensor) -> Tensor:
+    """0, or NaN where x has an entry that is not finite."""
+    return (x * 0).sum()
