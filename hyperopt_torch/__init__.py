@@ -2,8 +2,11 @@
 
 from . import functional
 from .bilevel import BilevelOptimizer
+from .checking import HypergradientCheck, check_hypergradient
 from .curvature import Curvature, GaussNewton, Hessian
+from .errors import HypergradientError, HypergradientWarning
 from .estimators import PZOBO, HypergradientEstimator, ImplicitDifferentiation, Unrolled
+from .health import HealthLog
 from .ihvp import (
     CG,
     IHVP,
@@ -38,8 +41,12 @@ __all__ = [
     "Curvature",
     "DenseSolve",
     "GaussNewton",
+    "HealthLog",
     "Hessian",
+    "HypergradientCheck",
+    "HypergradientError",
     "HypergradientEstimator",
+    "HypergradientWarning",
     "Identity",
     "ImplicitDifferentiation",
     "LancBiO",
@@ -55,6 +62,7 @@ __all__ = [
     "SolveReport",
     "SubBiO",
     "Unrolled",
+    "check_hypergradient",
     "functional",
     "learn_hyperparameter",
 ]

@@ -22,8 +22,10 @@ from .errors import HypergradientError, HypergradientWarning, check_choice, chec
 from .estimators import BilevelProblem, HypergradientEstimator, ImplicitDifferentiation
 from .estimators._moving import hook_zeros
 from .estimators._trajectory import TrajectoryEstimator
+from .estimators.base import all_facts
 from .ihvp import IHVP, RecycledCG
 from .inner_optimizer import (
+    Prober,
     StepHook,
     learned,
     needs_closure,
@@ -136,7 +138,7 @@ class BilevelOptimizer:
         self._steps = {"inner": 0, "outer": 0}
         self._inner_moved = self._outer_moved = (0, 0)  # by which thread, and when
         self._forget()
-        problem = self._problem()
+        problem = self.problem()
         self.estimator.check(problem)  # both check, before the first step
         self.estimator.claim(self)
         self._observes = self.estimator.observes
@@ -193,7 +195,7 @@ class BilevelOptimizer:
             )
         if weight is not None:
             weight = check_number("weight", weight)
-        problem = self._problem()
+        problem = self.problem()
         if not self._pending and not self._outer_grads:
             self._put_outer_grads_aside(problem)
         evaluation = self._evaluate(problem, closure, weight)
@@ -234,7 +236,7 @@ class BilevelOptimizer:
 
         Only the inner parameters get a ``.grad``; those of the outer ones are left as found.
         """
-        self._now = problem = self._problem()
+        self._now = problem = self.problem()
         self._notice_late_clipping()
         self._pending.clear()
         if self._line_search:
@@ -368,7 +370,7 @@ class BilevelOptimizer:
             self._commit()
         self._inner_moved = threading.get_ident(), sequence_number()
         if self._records and self._observes and id(optimizer) in self._stepped:
-            self.estimator.stepped(self._problem())
+            self.estimator.stepped(self.problem())
 
     def _close_numbers(self) -> None:
         numbers, self._numbers = self._numbers, None
@@ -381,7 +383,7 @@ class BilevelOptimizer:
         self._pending.clear()
         self._unseen = False
         self._stepped = set()
-        problem = self._now or self._problem()
+        problem = self._now or self.problem()
         self._hook_zeros = hook_zeros(problem.inner_parameters)
         if self._observes:
             problem.untouched = bool(self._versions) and not self._written()
@@ -404,7 +406,7 @@ class BilevelOptimizer:
         self._records = list(self._pending)  # the problem is the same, only the step was skipped
         self._pending.clear()
         if self._observes:
-            self.estimator.skipped(self._problem(), self._records)
+            self.estimator.skipped(self.problem(), self._records)
 
     def _notice_late_clipping(self) -> None:
         """Gradients written to after the step in which they served."""
@@ -464,7 +466,7 @@ class BilevelOptimizer:
             ValueError: the tensors are not in the outer optimizer, or do not fit.
         """
         initial = list(initial)
-        problem = self._problem()
+        problem = self.problem()
         shapes = [tuple(p.shape) for p in problem.inner_parameters]
         if [tuple(t.shape) for t in initial] != shapes:
             raise ValueError(
@@ -574,8 +576,14 @@ class BilevelOptimizer:
         """Calls ``listener(report, hypergradient, val_loss)`` after each outer step, for logs."""
         self._listeners.append(listener)
 
-    def _problem(self) -> BilevelProblem:
+    def problem(self) -> BilevelProblem:
+        """The two levels as an estimator sees them, without an objective."""
         return BilevelProblem(self._real, self.outer)
+
+    def inner_facts(self) -> tuple[float, list[float]]:
+        """(sign, λ for each inner parameter): the inner optimizers rest at sign·∇f + λθ = 0."""
+        facts = all_facts(Prober(), self.problem())
+        return facts.sign, facts.decay
 
     def _objective(self, train_loss: TrainLoss | None) -> InnerObjective | None:
         if train_loss is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -113,7 +114,7 @@ class SolveReport:
         values["self_check_cross"] = None if check is None else check.cross
         values["notes"] = "; ".join(self.notes)
         on_device = {name: v for name, v in values.items() if isinstance(v, Tensor)}
-        for name, number in zip(on_device, _read(list(on_device.values())), strict=True):
+        for name, number in zip(on_device, read_scalars(list(on_device.values())), strict=True):
             kind = on_device[name].dtype
             whole = not kind.is_floating_point and kind != torch.bool
             values[name] = bool(number) if kind == torch.bool else int(number) if whole else number
@@ -248,7 +249,7 @@ def _of_the_solve(known: dict[str, Any]) -> list[tuple[str, str]]:
     return found
 
 
-def _read(tensors: list[Tensor]) -> list[float]:
+def read_scalars(tensors: Sequence[Tensor]) -> list[float]:
     """Their values, in one transfer for each device."""
     if not tensors:
         return []

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from .._graph import check_differentiable, explained
 from .._tensors import dense, trainable
-from ..inner_optimizer import learned, parameters_of
+from ..inner_optimizer import Facts, Prober, learned, parameters_of
 from ..recording import OUTSIDE, Evaluation, InnerObjective, Record, World
 from ..report import SolveReport
 
@@ -202,6 +202,26 @@ def combined(
         c if not exists else part if c is None else c + part
         for c, part, exists in zip(direct, indirect, reached, strict=True)
     ]
+
+
+def all_facts(prober: Prober, problem: BilevelProblem) -> Facts:
+    """Of all inner optimizers together."""
+    found = []
+    for optimizer in problem.inner:
+        own = set(map(id, parameters_of(optimizer)))
+        parameters = [p for p in problem.inner_parameters if id(p) in own]
+        found.append((parameters, prober.facts(optimizer, parameters)))
+    if len({facts.sign for _, facts in found}) > 1:
+        raise ValueError(
+            "Some inner optimizers minimise and some maximise: that is a saddle point, no "
+            "optimum of one inner objective. Use estimator=Unrolled() or PZOBO()."
+        )
+    decay = {id(p): d for ps, facts in found for p, d in zip(ps, facts.decay, strict=True)}
+    return Facts(
+        found[0][1].sign,
+        [decay[id(p)] for p in problem.inner_parameters],
+        tuple(note for _, facts in found for note in facts.notes),
+    )
 
 
 class HypergradientEstimator(ABC):

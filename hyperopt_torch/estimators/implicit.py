@@ -13,14 +13,14 @@ from .._tensors import FlatLayout, inner_product
 from ..curvature import Curvature, Hessian
 from ..ihvp import IHVP, Solution
 from ..ihvp.base import InnerStep
-from ..inner_optimizer import Facts, Prober, parameters_of
+from ..inner_optimizer import Prober
 from ..operators import LinearOperator, Shifted
 from ..recording import Evaluation, InnerObjective, Record, sample_rows
 from ..report import SelfCheck, SolveReport
 from ._function import InnerFunction
 from ._moving import Moving, moving
 from ._self_check import self_check
-from .base import BilevelProblem, HypergradientEstimator, combined
+from .base import BilevelProblem, HypergradientEstimator, all_facts, combined
 
 _JUMP = 0.5  # a move of θ larger than half of its norm is a replacement, not a step
 
@@ -100,7 +100,7 @@ class ImplicitDifferentiation(HypergradientEstimator):
         b_parts, direct = problem.outer_gradients(outer_loss)
         objective = problem.known_objective()
         layout = FlatLayout(problem.inner_parameters)
-        facts = self._facts(problem)
+        facts = all_facts(self._prober, problem)
         self._notice_jump(layout.flatten([p.detach() for p in problem.inner_parameters]))
         b = layout.flatten(b_parts)
         with objective.world:
@@ -138,25 +138,6 @@ class ImplicitDifferentiation(HypergradientEstimator):
             "The training loss depends on none of the outer parameters, so the hypergradient is "
             "the direct term ∂g/∂φ alone. Implicit differentiation cannot tune what does not enter "
             "the training loss.",
-        )
-
-    def _facts(self, problem: BilevelProblem) -> Facts:
-        """Of all inner optimizers together."""
-        found = []
-        for optimizer in problem.inner:
-            own = set(map(id, parameters_of(optimizer)))
-            parameters = [p for p in problem.inner_parameters if id(p) in own]
-            found.append((parameters, self._prober.facts(optimizer, parameters)))
-        if len({facts.sign for _, facts in found}) > 1:
-            raise ValueError(
-                "Some inner optimizers minimise and some maximise: that is a saddle point, no "
-                "optimum of one inner objective. Use estimator=Unrolled() or PZOBO()."
-            )
-        decay = {id(p): d for ps, facts in found for p, d in zip(ps, facts.decay, strict=True)}
-        return Facts(
-            found[0][1].sign,
-            [decay[id(p)] for p in problem.inner_parameters],
-            tuple(note for _, facts in found for note in facts.notes),
         )
 
     def _self_check(
