@@ -23,6 +23,12 @@ def explained(*, freed: str, moved: str) -> Iterator[None]:
             raise RuntimeError(freed) from error
         if "modified by an inplace operation" in str(error):
             raise RuntimeError(moved) from error
+        if "donated buffers" in str(error):
+            raise RuntimeError(
+                "The graph of the validation loss went through torch.compile and serves one "
+                "backward pass only, but a pure query keeps it: call outer_step, or compute the "
+                "validation loss for hypergradient() with the module that is not compiled."
+            ) from error
         raise
 
 

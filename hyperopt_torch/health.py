@@ -15,11 +15,13 @@ from torch import Tensor
 
 from ._tensors import inner_product
 from .errors import HypergradientWarning, check_count
-from .report import SolveReport, read_scalars
+from .report import SolveReport, plain, troubles_in
 
-_FIELDS = ("residual", "cosine", "length", "products", "val_loss")
+_FIELDS = ("step", "residual", "cosine", "length", "products", "val_loss", "troubles")
+_PANELS = ("residual", "cosine", "length", "val_loss")
 _OFTEN = 0.5  # of the steps with a residual above 1
-_NOISE = 0.2  # a median cosine below which steps point anywhere
+_DIRECTION = 0.2  # a median cosine from which on steps go somewhere
+_KEPT_NAMES = {"hypergradient_norm": "length", "matvecs": "products"}
 
 
 class _Reports(Protocol):
@@ -30,26 +32,29 @@ class HealthLog:
     """Keeps, of every outer step of a :class:`~hyperopt_torch.BilevelOptimizer`, what tells trust.
 
     residual:  of the linear system, where known.
-    cosine:    between this hypergradient and the last one. Steps that follow a direction have a
-               positive one; of noise in many dimensions it is about zero.
+    cosine:    between this hypergradient and the last one; entries that were zero then, as those of
+               samples that were not in the batch, are compared with what they were before. Steps
+               that follow a direction have a positive one; of noise it is about zero.
     length:    of the hypergradient.
     products:  with the inner curvature.
     val_loss:  the validation loss.
+    troubles:  how many kinds :meth:`SolveReport.troubles` names; which, in :meth:`troubles`.
 
-    A single bad step means little; a run in which the residual is above 1 in more than half of
-    the last ``window`` steps while the median cosine is below 0.2 follows noise. That is said once,
-    by a :class:`HypergradientWarning`.
+    A single bad step means little. A run follows noise if, over ``window`` steps, the residual is
+    above 1 in more than half while the median cosine is below 0.2. That is said once, by a
+    :class:`HypergradientWarning`, unless a window before had a direction: near its end a good run
+    looks the same, its hypergradients being small.
 
     Args:
-        bilevel: whose outer steps.
+        bilevel: whose outer steps. What ``accumulate`` adds up is not an outer step.
         window: steps that the verdict looks at, >= 2.
         keep: steps that are kept, >= 1.
 
     Raises:
         ValueError: an argument is out of its range.
 
-    Cost: one copy of the last hypergradient. Values stay on the device until they are read: by
-    this object's methods, or, for the verdict, every ``window`` steps.
+    Cost: one copy of the last hypergradient and four passes over it. Values stay on the device
+    until they are read: by this object's methods, or every ``window`` steps.
 
     Example:
         >>> from hyperopt_torch import BilevelOptimizer, DenseSolve
@@ -69,51 +74,69 @@ class HealthLog:
         self.window = check_count("window", window, minimum=2)
         self.keep = check_count("keep", keep)
         self.steps = 0
-        self._rows: deque[dict[str, Tensor | float]] = deque(maxlen=keep)
-        self._last: list[Tensor | None] | None = None
-        self._said = False
+        self._unread: list[dict[str, Any]] = []  # reports as they came, at most ``window``
+        self._rows: deque[dict[str, Any]] = deque(maxlen=max(keep, window))  # read, oldest first
+        self._last: Tensor | None = None  # flat; each entry when it was last not zero
+        self._directed = self._said = False
         bilevel.on_outer_step(self._take)
 
     def _take(
-        self, report: SolveReport, hypergradient: list[Tensor | None], val_loss: Tensor
+        self, report: SolveReport, hypergradient: Sequence[Tensor | None], val_loss: Tensor
     ) -> None:
         self.steps += 1
-        row: dict[str, Tensor | float] = {"val_loss": val_loss.detach().clone()}
-        if report.residual is not None:
-            row["residual"] = report.residual
-        if report.hypergradient_norm is not None:
-            row["length"] = report.hypergradient_norm
-        row["products"] = float(report.matvecs)
-        if self._last is not None:
-            row["cosine"] = _cosine(hypergradient, self._last)
-        self._last = [None if g is None else g.detach().clone() for g in hypergradient]
-        self._rows.append(row)
+        row = {**vars(report), "step": self.steps, "val_loss": val_loss.detach().clone()}
+        parts = [g.detach().flatten() for g in hypergradient if g is not None]
+        if parts:
+            row["cosine"], self._last = _compared(torch.cat(parts), self._last)
+        self._unread.append(row)
         if self.steps % self.window == 0:
-            self._warn()
+            self._judge()
+
+    def _read(self) -> None:
+        """Takes from the device what was not read yet: one sync."""
+        unread, self._unread = self._unread, []
+        for known in plain(unread):
+            kinds = tuple(trouble.kind for trouble in troubles_in(known))
+            row = {_KEPT_NAMES.get(name, name): value for name, value in known.items()}
+            row = {name: row[name] for name in _FIELDS if row.get(name) is not None}
+            self._rows.append({**row, "troubles": len(kinds), "kinds": kinds})
+
+    def _kept(self) -> list[dict[str, Any]]:
+        self._read()
+        return list(self._rows)[-self.keep :]
 
     def history(self) -> dict[str, list[float]]:
         """Each quantity over the steps, NaN where it is not known. One sync."""
-        rows = list(self._rows)
-        unread = [(row, key, v) for row in rows for key, v in row.items() if isinstance(v, Tensor)]
-        values = read_scalars([value for *_, value in unread])
-        for (row, key, _), value in zip(unread, values, strict=True):
-            row[key] = value
+        rows = self._kept()
         return {name: [float(row.get(name, math.nan)) for row in rows] for name in _FIELDS}
 
+    def troubles(self) -> list[tuple[str, ...]]:
+        """The kinds of trouble of each step. One sync."""
+        return [row["kinds"] for row in self._kept()]
+
     def scalars(self) -> dict[str, float]:
-        """The last step, under names for TensorBoard and friends: "bilevel/residual" and so on."""
-        known = {f"bilevel/{k}": v[-1] for k, v in self.history().items() if v}
-        return {name: value for name, value in known.items() if not math.isnan(value)}
+        """The last step, under names for TensorBoard and friends: "bilevel/residual" and so on.
+
+        What is not known is left out. One sync.
+        """
+        self._read()
+        row = self._rows[-1] if self._rows else {}
+        return {f"bilevel/{name}": float(row[name]) for name in _FIELDS[1:] if name in row}
 
     def verdict(self) -> str | None:
-        """In words, where the last ``window`` hypergradients are noise; None where not."""
-        history = self.history()
-        residuals = [r for r in history["residual"][-self.window :] if not math.isnan(r)]
-        cosines = [c for c in history["cosine"][-self.window :] if not math.isnan(c)]
-        if len(residuals) < self.window // 2 or len(cosines) < self.window // 2:
+        """In words, where the last ``window`` hypergradients are noise; None where not. One sync.
+
+        None, too, where fewer than half a window is known, and where a window before had a
+        direction.
+        """
+        self._read()
+        recent = list(self._rows)[-self.window :]
+        residuals = [row["residual"] for row in recent if "residual" in row]
+        cosines = _known(recent)
+        if self._directed or min(len(residuals), len(cosines)) < self.window // 2:
             return None
-        bad, usual = sum(r > 1 for r in residuals) / len(residuals), median(cosines)
-        if bad <= _OFTEN or usual >= _NOISE:
+        bad, usual = sum(not r <= 1 for r in residuals) / len(residuals), median(cosines)
+        if bad <= _OFTEN or usual >= _DIRECTION:
             return None
         return (
             f"in {bad:.0%} of the last {len(residuals)} outer steps the residual was above 1, and "
@@ -122,14 +145,21 @@ class HealthLog:
             "a larger batch in the closure; Identity(rescale=True) is the baseline to beat"
         )
 
-    def _warn(self) -> None:
-        text = None if self._said else self.verdict()
-        if text is not None:
+    def _judge(self) -> None:
+        """At the end of a window: so that what is said does not depend on who reads, and when."""
+        text = self.verdict()
+        cosines = _known(list(self._rows)[-self.window :])
+        if len(cosines) >= self.window // 2 and median(cosines) >= _DIRECTION:
+            self._directed = True
+        if text is not None and not self._said:
             self._said = True
             warnings.warn(text + ". [said once]", HypergradientWarning, stacklevel=4)
 
     def plot(self, path: str | Path | None = None) -> Any:
-        """A figure of all quantities over the steps, written to ``path`` if one is given.
+        """A figure of residual, cosine, length and validation loss over the steps.
+
+        Args:
+            path: where to write it, in a format that matplotlib knows by its suffix.
 
         Raises:
             ImportError: matplotlib is not there.
@@ -139,14 +169,13 @@ class HealthLog:
         except ImportError as error:
             raise ImportError("plot() needs matplotlib: pip install matplotlib") from error
         history = self.history()
-        shown = [name for name in _FIELDS if any(not math.isnan(v) for v in history[name])]
+        shown = [name for name in _PANELS if any(map(math.isfinite, history[name]))]
         figure = Figure(figsize=(7, 1.5 + 1.4 * len(shown)), layout="constrained")
         axes = figure.subplots(max(1, len(shown)), sharex=True, squeeze=False)[:, 0]
-        first = self.steps - len(self._rows) + 1
         for axis, name in zip(axes, shown, strict=False):
-            axis.plot(range(first, self.steps + 1), history[name], linewidth=1.2)
+            axis.plot(history["step"], history[name], linewidth=1.2)
             axis.set_ylabel(name)
-            if name in ("residual", "length"):
+            if name in ("residual", "length") and any(v > 0 for v in history[name]):
                 axis.set_yscale("log")
             if name in ("residual", "cosine"):
                 axis.axhline(1.0 if name == "residual" else 0.0, color="grey", linewidth=0.6)
@@ -159,14 +188,19 @@ class HealthLog:
         return f"HealthLog(window={self.window}, keep={self.keep}, steps={self.steps})"
 
 
-def _cosine(x: Sequence[Tensor | None], y: Sequence[Tensor | None]) -> Tensor:
-    pairs = [(a, b) for a, b in zip(x, y, strict=False) if a is not None and b is not None]
-    if not pairs or any(a.shape != b.shape for a, b in pairs):
-        return torch.tensor(math.nan)
-    products = torch.stack(
-        [
-            torch.stack([inner_product(u.flatten(), v.flatten()) for u, v in pairs_of]).sum()
-            for pairs_of in (pairs, [(a, a) for a, _ in pairs], [(b, b) for _, b in pairs])
-        ]
-    )
-    return products[0] / (products[1] * products[2]).sqrt()
+def _known(rows: Sequence[dict[str, Any]]) -> list[float]:
+    """The cosines that are numbers."""
+    return [row["cosine"] for row in rows if math.isfinite(row.get("cosine", math.nan))]
+
+
+def _compared(x: Tensor, last: Tensor | None) -> tuple[Tensor | None, Tensor]:
+    """(cosine of x and ``last`` over the entries that both have, what the next is compared with).
+
+    Zero stands for an entry that was not there; what is not finite is not kept.
+    """
+    there = (x != 0) & x.isfinite()
+    if last is None or (last.shape, last.dtype, last.device) != (x.shape, x.dtype, x.device):
+        return None, torch.where(there, x, 0)
+    a, b = torch.where(last != 0, x, 0), torch.where(x != 0, last, 0)
+    cosine = inner_product(a, b) / (inner_product(a, a) * inner_product(b, b)).sqrt()
+    return cosine, torch.where(there, x, last)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 _GROWTH = 100.0  # of an adjoint over the inner steps
 _NEAR = 0.1  # a residual that serves, whatever the tolerance was
+_SIZES = ("loss", "rhs_norm", "solution_norm", "hypergradient_norm", "growth")
 _KINK = 0.2  # of a difference of gradients: what is above bends in corners
 
 
@@ -20,7 +20,7 @@ class Trouble(NamedTuple):
     """One reason not to trust a hypergradient.
 
     Attributes:
-        kind: a name that stays, such as "residual".
+        kind: a name that stays, such as "residual": a heading of docs/troubleshooting.md.
         text: what it means and what to do.
     """
 
@@ -39,13 +39,13 @@ class SelfCheck(NamedTuple):
 
     product: float
     cross: float
-    kink: float
+    kink: float | None
     tolerance: float
 
     @property
     def undecided(self) -> bool:
         """Whether f has corners (ReLU, max-pool) along the way: differences say nothing there."""
-        return self.kink > _KINK
+        return self.kink is not None and self.kink > _KINK
 
 
 @dataclass(frozen=True)
@@ -108,153 +108,137 @@ class SolveReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, booleans and None, for loggers; one sync."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        check = values.pop("self_check")
-        values["self_check_product"] = None if check is None else check.product
-        values["self_check_cross"] = None if check is None else check.cross
-        values["notes"] = "; ".join(self.notes)
-        on_device = {name: v for name, v in values.items() if isinstance(v, Tensor)}
-        for name, number in zip(on_device, read_scalars(list(on_device.values())), strict=True):
-            kind = on_device[name].dtype
-            whole = not kind.is_floating_point and kind != torch.bool
-            values[name] = bool(number) if kind == torch.bool else int(number) if whole else number
-        return values
+        return _flat(plain([vars(self)])[0])
 
     def troubles(self) -> list[Trouble]:
         """What a user should look at before trusting the hypergradient; [] if nothing. One sync."""
-        known = self.as_dict()
-        found = [Trouble(kind, text) for kind, text in _of_size(known)]
-        found += [Trouble(kind, text) for kind, text in _of_the_solve(known)]
-        check = self.self_check
-        if check is not None and not check.undecided:
-            wrong = [
-                f"{name} is off by {error:.1%}"
-                for name, error in (("Hx", check.product), ("Jᵀx", check.cross))
-                if not error <= check.tolerance
-            ]
-            if wrong:
-                found.append(Trouble("self_check", _SELF_CHECK.format(" and ".join(wrong))))
-        return found
+        return troubles_in(plain([vars(self)])[0])
 
     def trouble(self) -> list[str]:
         """The texts of :meth:`troubles`."""
         return [text for _, text in self.troubles()]
 
     def __str__(self) -> str:
-        lines = []
-        for name, value in self.as_dict().items():
+        known, lines = plain([vars(self)])[0], []
+        for name, value in _flat(known).items():
             if name == "notes" or value is None:
                 continue
             text = f"{value:.4g}" if isinstance(value, float) else str(value)
             lines.append(f"{name:20} {text}")
         lines += [f"{'note':20} {note}" for note in self.notes]
-        lines += [f"{'trouble':20} {text}" for text in self.trouble()]
+        lines += [f"{'trouble':20} {text}" for _, text in troubles_in(known)]
         return "\n".join(lines)
 
 
-_SELF_CHECK = (
-    "against differences of gradients {}: second derivatives of the training loss are wrong. "
-    "Suspects: a custom autograd.Function without a differentiable backward, "
-    "weight_norm of torch, old and new (write v * (g / v.norm()) instead), hooks that change "
-    "gradients, a random source of the closure's own. To find it leave parts of the loss out"
-)
+def plain(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The same dicts with numbers in place of 0-d tensors: one transfer for each device.
 
-
-def _of_size(known: dict[str, Any]) -> list[tuple[str, str]]:
-    found = []
-    sizes = [known[name] for name in ("solution_norm", "growth") if known[name] is not None]
-    if known["finite"] is False or not all(map(math.isfinite, sizes)):
-        found.append(
-            (
-                "not_finite",
-                "not finite: a NaN or inf is in the losses, the parameters, the products or the "
-                "hypergradient. The outer parameters were left as they are. Look for it in the "
-                "training loss (torch.autograd.set_detect_anomaly), also in its second derivative: "
-                "norms and square roots at 0 have none",
-            )
-        )
-    if known["growth"] is not None and known["growth"] > _GROWTH:
-        found.append(
-            (
-                "unstable",
-                f"the adjoint grew {known['growth']:.2g} times over the inner steps: the inner "
-                "loop is unstable; lower its learning rate or use a shorter window",
-            )
-        )
-    if known["astray"]:
-        found.append(
-            (
-                "astray",
-                f"after {known['astray']} inner step(s) the parameters were not where the "
-                "optimizer had put them (a projection, a swap?): that is not differentiated",
-            )
-        )
+    All reports of a run can be read at once, as :class:`~hyperopt_torch.HealthLog` does.
+    """
+    found = [dict(row) for row in rows]
+    there: dict[torch.device, list[tuple[dict[str, Any], str]]] = {}
+    for row in found:
+        for name, value in row.items():
+            if isinstance(value, Tensor):
+                there.setdefault(value.device, []).append((row, name))
+    for device, places in there.items():
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        tensors = [row[name].detach().reshape(()) for row, name in places]
+        numbers = torch.stack([t.to(wide) for t in tensors]).tolist()
+        for (row, name), tensor, number in zip(places, tensors, numbers, strict=True):
+            kind = tensor.dtype
+            whole = not kind.is_floating_point and kind != torch.bool
+            row[name] = bool(number) if kind == torch.bool else int(number) if whole else number
     return found
 
 
-def _of_the_solve(known: dict[str, Any]) -> list[tuple[str, str]]:
-    found = []
+def _flat(known: dict[str, Any]) -> dict[str, Any]:
+    """Nothing nested: for loggers."""
+    check: SelfCheck | None = known["self_check"]
+    flat = {name: value for name, value in known.items() if name != "self_check"}
+    flat["self_check_product"] = None if check is None else check.product
+    flat["self_check_cross"] = None if check is None else check.cross
+    flat["notes"] = "; ".join(known["notes"])
+    return flat
+
+
+def troubles_in(known: Mapping[str, Any]) -> list[Trouble]:
+    """The troubles of a report whose fields were read by :func:`plain`."""
+    if not _is_finite(known):  # the cause; what else the numbers seem to say is its consequence
+        return [Trouble("not_finite", _TEXTS["not_finite"])]
+    found = [*_of_the_steps(known), *_of_the_products(known)]
+    if known["rhs_norm"] != 0 or known["solution_norm"]:  # b = 0 has the solution x = 0: exact
+        found += _of_the_solve(known)
+    found.sort(key=lambda one: list(_TEXTS).index(one[0]))
+    return [Trouble(kind, _TEXTS[kind].format(**numbers)) for kind, numbers in found]
+
+
+_Found = Iterator[tuple[str, dict[str, Any]]]  # a kind, and the numbers in its text
+
+
+def _is_finite(known: Mapping[str, Any]) -> bool:
+    sizes = [known[name] for name in _SIZES if known[name] is not None]
+    return known["finite"] is not False and all(map(math.isfinite, sizes))
+
+
+def _of_the_steps(known: Mapping[str, Any]) -> _Found:
+    if known["growth"] is not None and known["growth"] > _GROWTH:
+        yield "unstable", {"growth": known["growth"]}
+    if known["astray"]:
+        yield "astray", {"steps": known["astray"]}
+
+
+def _of_the_products(known: Mapping[str, Any]) -> _Found:
+    check: SelfCheck | None = known["self_check"]
+    if check is None or check.undecided:
+        return
+    errors = {"Hx": check.product, "Jᵀx": check.cross}
+    wrong = [f"{name} is off by {e:.1%}" for name, e in errors.items() if not e <= check.tolerance]
+    if wrong:
+        yield "self_check", {"wrong": " and ".join(wrong)}
+
+
+def _of_the_solve(known: Mapping[str, Any]) -> _Found:
+    residual, precision = known["residual"], known["precision"]
     if known["negative_curvature"]:
-        found.append(
-            (
-                "negative_curvature",
-                "negative curvature: H + damping is not positive definite; raise damping, or use "
-                "curvature=GaussNewton() with a closure that returns (loss, outputs)",
-            )
-        )
-    residual = known["residual"]
-    if residual is not None and not residual <= 1:
-        found.append(
-            (
-                "residual",
-                f"residual {residual:.2g} > 1: further from solving the system than x = 0; raise "
-                "damping, rank or max_iter",
-            )
-        )
+        yield "negative_curvature", {}
+    if residual is not None and not residual <= 1:  # NaN is no number below 1
+        yield "residual", {"residual": residual}
     if known["diverged"]:
-        found.append(
-            (
-                "diverged",
-                "the series diverged and was cut at its shortest term: H + damping has eigenvalues "
-                "below 0 or above 2/scale; lower scale or raise damping",
-            )
-        )
+        yield "diverged", {}
     if known["converged"] is False and not (residual is not None and residual <= _NEAR):
-        found.append(
-            (
-                "not_converged",
-                "the strategy did not reach its tolerance; raise max_iter, tol or damping",
-            )
-        )
-    precision = known["precision"]
+        yield "not_converged", {}
     if precision is not None and residual is not None and residual < precision:
-        found.append(
-            (
-                "precision",
-                f"the residual of {residual:.1g} is smaller than the rounding of the products, "
-                f"{precision:.1g}, for the training loss computes in half precision; for a better "
-                "solution give outer_step a closure outside of autocast, outer_step(val, closure)",
-            )
-        )
+        yield "precision", {"residual": residual, "precision": precision}
     rho, size, energy = known["damping"], known["solution_norm"], known["curvature"]
     if rho and size and energy is not None and rho * size * size > energy / 2 > 0:
-        share = rho * size * size / energy
-        found.append(
-            (
-                "damping",
-                f"damping is {share:.0%} of the curvature along the solution: the answer is the "
-                "damping's more than the loss's; lower damping, or scale the training loss up",
-            )
-        )
-    return found
+        yield "damping", {"share": rho * size * size / energy}
 
 
-def read_scalars(tensors: Sequence[Tensor]) -> list[float]:
-    """Their values, in one transfer for each device."""
-    if not tensors:
-        return []
-    device = tensors[0].device
-    wide = torch.float32 if device.type == "mps" else torch.float64
-    stacked = torch.stack([t.detach().to(device=device, dtype=wide).reshape(()) for t in tensors])
-    values: list[float] = stacked.tolist()
-    return values
+_TEXTS = {  # in the order in which they are told: what spoils most comes first
+    "not_finite": "not finite: a NaN or inf is in the losses, the parameters, the products or the "
+    "hypergradient. The outer parameters were left as they are. Look for it in the training loss "
+    "(torch.autograd.set_detect_anomaly), also in its second derivative: norms and square roots "
+    "at 0 have none",
+    "self_check": "against differences of gradients {wrong}: second derivatives of the training "
+    "loss are wrong. Suspects: a custom autograd.Function without a differentiable backward, "
+    "weight_norm of torch, old and new (write v * (g / v.norm()) instead), hooks that change "
+    "gradients, a random source of the closure's own. To find it leave parts of the loss out",
+    "unstable": "the adjoint grew {growth:.2g} times over the inner steps: the inner loop is "
+    "unstable; lower its learning rate or use a shorter window",
+    "astray": "after {steps} inner step(s) the parameters were not where the optimizer had put "
+    "them (a projection, a swap?): that is not differentiated",
+    "negative_curvature": "negative curvature: H + damping is not positive definite; raise "
+    "damping, or use curvature=GaussNewton() with a closure that returns (loss, outputs)",
+    "residual": "residual {residual:.2g} > 1: further from solving the system than x = 0; raise "
+    "damping, rank or max_iter",
+    "diverged": "the series diverged and was cut at its shortest term: H + damping has "
+    "eigenvalues below 0 or above 2/scale; lower scale or raise damping",
+    "not_converged": "the strategy did not reach its tolerance; raise max_iter, tol or damping",
+    "precision": "the residual of {residual:.1g} is smaller than the rounding of the products, "
+    "{precision:.1g}, for the training loss computes in half precision; for a better solution "
+    "give outer_step a closure outside of autocast, outer_step(val, closure)",
+    "damping": "damping is {share:.0%} of the curvature along the solution: the answer is the "
+    "damping's more than the loss's; lower damping, or scale the training loss up",
+}
+KINDS = tuple(_TEXTS)  # of trouble

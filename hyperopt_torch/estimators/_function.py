@@ -77,7 +77,8 @@ class InnerFunction:
     def _build(self, i: int) -> tuple[InnerGradient, Evaluation]:
         problem, (weight, evaluate) = self._problem, self._terms[i]
         factor = self.sign * weight
-        with problem.explained_training_errors():
+        # A solve runs without gradients, but each of its products may build a graph.
+        with torch.enable_grad(), problem.explained_training_errors():
             evaluation = evaluate()
             loss = evaluation.loss if factor == 1 else factor * evaluation.loss
             f = InnerGradient(

@@ -41,9 +41,9 @@ def self_check(
         return None
     sizes = [_size(p) for p in problem.inner_parameters]
     x, epsilon = _direction(layout, sizes, step)
+    found = f.joint(x)  # first: the closure may write to tensors that its graph holds
     plus, minus = (_gradients(problem, objective, f, x, e) for e in (epsilon, -epsilon))
     expected = [(p - m) / (2 * epsilon) for p, m in zip(plus, minus, strict=True)]
-    found = f.joint(x)
     # Each tensor counts by its size, as in the direction: none hides behind a larger one.
     scale = torch.cat([s.expand(n) for s, n in zip(sizes, layout.sizes, strict=True)])
     base = [f.gradient, torch.zeros_like(expected[1])]

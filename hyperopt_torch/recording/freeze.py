@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import functools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -33,22 +33,41 @@ class FrozenClosure:
 
     Attributes:
         iterators: names of variables that are iterators, which cannot be taken back.
-        modules: modules among the variables.
+        modules, tensors: those among the variables.
     """
 
     def __init__(self, closure: Callable[[], Any]) -> None:
         self.iterators: list[str] = []
         self.modules: list[nn.Module] = []
+        self.tensors: list[torch.Tensor] = []
         self._attributes: _Attributes = []
         self._generators: list[tuple[Any, Any]] = []
         self._home = getattr(_function(closure), "__module__", None)
         self._scopes: dict[int, dict[str, Any]] = {}
         self._twins: dict[int, Any] = {}
         self._call = self._frozen("self", closure)
-        del self._scopes, self._twins  # only the twins themselves hold on to them
 
     def __call__(self) -> Any:
         return self._call()
+
+    def lend(self, written: Iterable[torch.Tensor]) -> None:
+        """From now on the closure sees copies of its variables that are among ``written``.
+
+        What it writes then goes there. A copy put aside and back would not do: the version of the
+        tensor would move, and graphs that hold it, such as the validation loss's, would be refused.
+        """
+        copies = {id(t): t.detach().clone() for t in written}
+        if not copies:
+            return
+        for twin in self._twins.values():
+            for cell in twin.__closure__ or ():
+                if id(_content(cell)) in copies:
+                    cell.cell_contents = copies[id(cell.cell_contents)]
+        own = [then for _, then in self._attributes]
+        for scope in (*self._scopes.values(), *own):
+            for name, value in scope.items():
+                if id(value) in copies:
+                    scope[name] = copies[id(value)]
 
     def restoring(self) -> Restoring:
         """Inside, attributes and generators are as they were when the closure was frozen."""
@@ -62,6 +81,9 @@ class FrozenClosure:
     def _frozen(self, name: str, value: Any) -> Any:
         kind = _kind(value)
         if kind is _Kind.CONSTANT:
+            return value
+        if kind is _Kind.TENSOR:
+            self.tensors.append(value)
             return value
         if kind is _Kind.CONTAINER:
             return value.copy() if len(value) <= _FEW else value
@@ -128,6 +150,15 @@ class FrozenClosure:
                         then[attribute] = held.copy()
                     elif inside in (_Kind.GENERATOR, _Kind.ITERATOR):
                         self._note(attribute, inside, held)
+                    elif inside is _Kind.TENSOR:
+                        self.tensors.append(held)
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not assigned yet
+        return None
 
 
 def _function(closure: Any) -> Any:
@@ -140,6 +171,7 @@ class _Kind(enum.Enum):
     """What there is to freeze about a value."""
 
     CONSTANT = enum.auto()
+    TENSOR = enum.auto()
     CONTAINER = enum.auto()
     FUNCTION = enum.auto()
     METHOD = enum.auto()
@@ -172,7 +204,9 @@ def _kind_of_class(cls: Any) -> _Kind:
         return _Kind.MODULE
     if hasattr(cls, "__next__"):
         return _Kind.ITERATOR
-    constant = issubclass(cls, (torch.Tensor, type, types.ModuleType)) or cls.__module__ in (
+    if issubclass(cls, torch.Tensor):
+        return _Kind.TENSOR
+    constant = issubclass(cls, (type, types.ModuleType)) or cls.__module__ in (
         "builtins",
         "functools",
         "torch",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,7 +79,10 @@ class Recorder:
             for module in frozen.modules:
                 if "_compiled_call_impl" in vars(module):
                     watch.adopt(module)  # compiled in place: hooks are compiled away
+                watch.note_versions(module.parameters())
+            watch.note_versions(frozen.tensors)
             evaluation = evaluate(closure)
+        frozen.lend(watch.moved())
         self._last = watch.modules
         self._roots = watch.roots if any(map(is_compiled, watch.roots)) else []
         record = Record(
@@ -113,7 +116,7 @@ class Watch:
         self._thread = threading.get_ident()
         self._open: set[int] = set()  # parts of a root that nothing visible entered
         self._root_ids: set[int] = set()
-        self._versions: list[tuple[Tensor, int]] = []
+        self._versions: dict[int, tuple[Tensor, int]] = {}
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
         if _is_compiling() or threading.get_ident() != self._thread:
@@ -136,13 +139,17 @@ class Watch:
         for part in root.modules():
             if part not in self.modules:
                 self.modules[part] = module_state(part, self._last.get(part))
-                for p in part._parameters.values():
-                    if p is not None and id(p) not in self._ours:
-                        self._versions.append((p, p._version))
+                self.note_versions(p for p in part._parameters.values() if p is not None)
+
+    def note_versions(self, tensors: Iterable[Tensor]) -> None:
+        """Of tensors that are not ours, before the closure can have written to them."""
+        for t in tensors:
+            if id(t) not in self._ours and id(t) not in self._versions:
+                self._versions[id(t)] = t, t._version
 
     def moved(self) -> list[Tensor]:
-        """Parameters of the modules that were written to, such as those of an EMA teacher."""
-        return [p for p, was in self._versions if p._version != was]
+        """Tensors that were written to, such as the parameters of an EMA teacher."""
+        return [p for p, was in self._versions.values() if p._version != was]
 
 
 class watching:
