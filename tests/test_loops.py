@@ -51,6 +51,11 @@ class Tied(nn.Module):
         return self.out(self.b(self.a(x).tanh()).tanh())
 
 
+def compiled(model: nn.Module) -> nn.Module:
+    torch._dynamo.reset()  # after eight models of one shape it gives up and runs them uncompiled
+    return torch.compile(model, backend="aot_eager")
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(3, 1),
     "tanh": lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)),
@@ -64,9 +69,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     ),
     "attention": Attention,
     "tied": Tied,
-    "compiled": lambda: torch.compile(
-        nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)), backend="aot_eager"
-    ),
+    "compiled": lambda: compiled(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))),
 }
 ESTIMATORS = {
     "dense": lambda: {"ihvp": DenseSolve(damping=RHO)},

@@ -259,7 +259,7 @@ def test_categories_of_their_own():
     assert issubclass(HypergradientWarning, UserWarning)
     assert issubclass(HypergradientError, RuntimeError)
     assert HypergradientWarning.__module__ == HypergradientError.__module__
-    with pytest.raises(HypergradientWarning), warnings.catch_warnings():
+    with pytest.raises(HypergradientWarning), warnings.catch_warnings():  # noqa: PT012
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", HypergradientWarning)
         warnings.warn("of somebody else", UserWarning, stacklevel=1)
