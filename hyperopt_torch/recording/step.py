@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -64,6 +65,8 @@ class Recorder:
         self.reader = StreamReader(device)
         self._last: Modules | None = None
         self._roots: list[nn.Module] = []  # of the last call, where any of them is compiled
+        self._others: weakref.WeakKeyDictionary[nn.Module, tuple[frozenset[int], list[Tensor]]]
+        self._others = weakref.WeakKeyDictionary()
 
     def call(
         self,
@@ -79,7 +82,7 @@ class Recorder:
             for module in frozen.modules:
                 if "_compiled_call_impl" in vars(module):
                     watch.adopt(module)  # compiled in place: hooks are compiled away
-                watch.note_versions(module.parameters())
+                watch.note_versions(self._foreign(module, ours))
             watch.note_versions(frozen.tensors)
             evaluation = evaluate(closure)
         frozen.lend(watch.moved())
@@ -97,6 +100,15 @@ class Recorder:
             reader=self.reader,
         )
         return evaluation, record
+
+    def _foreign(self, module: nn.Module, ours: frozenset[int]) -> list[Tensor]:
+        """The parameters of a module that are of neither level; looked for once."""
+        known = self._others.get(module)
+        if known is not None and known[0] == ours:
+            return known[1]
+        others: list[Tensor] = [p for p in module.parameters() if id(p) not in ours]
+        self._others[module] = ours, others
+        return others
 
 
 def is_compiled(module: nn.Module) -> bool:
@@ -139,7 +151,9 @@ class Watch:
         for part in root.modules():
             if part not in self.modules:
                 self.modules[part] = module_state(part, self._last.get(part))
-                self.note_versions(p for p in part._parameters.values() if p is not None)
+                for p in part._parameters.values():
+                    if p is not None and id(p) not in self._ours:
+                        self.note_versions([p])
 
     def note_versions(self, tensors: Iterable[Tensor]) -> None:
         """Of tensors that are not ours, before the closure can have written to them."""

@@ -35,6 +35,7 @@ class ModuleState(NamedTuple):
 
 
 Modules = dict[nn.Module, ModuleState]
+_TRAINING, _EVALUATING = ModuleState(True, {}), ModuleState(False, {})  # of modules without buffers
 
 
 def module_state(module: nn.Module, last: ModuleState | None) -> ModuleState:
@@ -43,6 +44,8 @@ def module_state(module: nn.Module, last: ModuleState | None) -> ModuleState:
     A large buffer that has not changed since ``last`` shares its copy. Small ones are copied
     always: normalisation layers write their statistics without moving the version counter.
     """
+    if not module._buffers:
+        return _TRAINING if module.training else _EVALUATING
     buffers = {}
     for name, buffer in module._buffers.items():
         if buffer is None:
