@@ -2,8 +2,8 @@
 
     python -m benchmarks.overhead
 
-Three tables, each of ratios of CPU seconds within this run, on one thread (median over pairs run
-in turn):
+First, what `inner_step` adds to a plain loop's step on a tiny network. Then three tables, each of
+ratios of CPU seconds within this run, on one thread (median over pairs run in turn):
 
 1. `outer_step` on a WRN-16-2, batch 16, against the bare autograd calls that it must do: two
    gradients, ten Hessian products, one cross product.
@@ -16,6 +16,7 @@ in turn):
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import subprocess
 import sys
@@ -149,8 +150,49 @@ def print_own_peak(rank: int, chunk_size: int | None) -> None:
         torch.optim.SGD(model.parameters(), lr=0.1),
         torch.optim.SGD([weights], lr=0.0),
         ihvp=Nystrom(rank, chunk_size=chunk_size),
+        self_check=False,  # once a run: not what is measured here
     ).outer_step(val_loss(), train_loss)
     print(resident("VmHWM") / 2**20)
+
+
+def inner_step_microseconds(steps: int = 2000, repetitions: int = 7) -> tuple[float, float]:
+    """CPU µs of (the plain loop's step, inner_step) on a tiny model: the least of several means."""
+    found = []
+    for bilevel in (False, True):
+        torch.manual_seed(0)
+        model, phi = torch.nn.Sequential(*layers(10, 8, 1)), torch.zeros(16, requires_grad=True)
+        x, y = torch.randn(16, 10), torch.randn(16)
+        inner = torch.optim.SGD(model.parameters(), lr=1e-3)
+
+        def loss(model=model, phi=phi, x=x, y=y) -> torch.Tensor:
+            return (phi.exp() * (model(x)[:, 0] - y).square()).mean()
+
+        bo = BilevelOptimizer(inner, torch.optim.SGD([phi], lr=0.1)) if bilevel else None
+
+        def step(bo=bo, inner=inner, loss=loss) -> None:
+            if bo is not None:
+                bo.inner_step(loss)
+                return
+            inner.zero_grad()
+            loss().backward()
+            inner.step()
+
+        least = float("inf")
+        for _ in range(repetitions):
+            start = time.process_time()
+            for _ in range(steps):
+                step()
+            least = min(least, (time.process_time() - start) / steps)
+        found.append(1e6 * least)
+    return found[0], found[1]
+
+
+def layers(*widths: int) -> list[torch.nn.Module]:
+    """Linear layers with tanh between them."""
+    found: list[torch.nn.Module] = []
+    for a, b in itertools.pairwise(widths):
+        found += [torch.nn.Linear(a, b), torch.nn.Tanh()]
+    return found[:-1]
 
 
 def main() -> None:
@@ -165,6 +207,11 @@ def main() -> None:
     if args.peak is not None:
         print_own_peak(args.peak, args.chunk_size)
         return
+    plain, ours = inner_step_microseconds()
+    print("one inner step of a 10-8-1 network, batch 16, CPU microseconds")
+    print(
+        f"  plain loop {plain:.0f}, inner_step {ours:.0f}, more by {ours - plain:.0f}", flush=True
+    )
     print("outer_step / bare products, WRN-16-2, batch 16        ratio")
     for name, ihvp in (
         ("Nystrom(rank=10)", Nystrom(10)),
