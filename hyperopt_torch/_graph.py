@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -143,16 +144,25 @@ def short_way_is_safe(nodes: list[Any], inner: Sequence[Tensor], outer: Sequence
 
     Cost: about 0.2 µs a node.
     """
-    leaves = set()
-    for kind in {type(node) for node in nodes}:
-        if kind.__name__ == "AccumulateGrad":
-            leaves.add(kind)
-        elif kind.__name__ == "CppFunction" or issubclass(kind, BackwardCFunction):
-            return False
     theta, phi = set(map(id, inner)), set(map(id, outer))
-    others = [node.variable for node in nodes if type(node) in leaves]
-    others = [leaf for leaf in others if id(leaf) not in theta]
-    return all(id(leaf) in phi and not _hooks(leaf) for leaf in others)
+    for node in nodes:
+        kind = _kind(type(node))  # type: ignore[arg-type]
+        if kind == "opaque":
+            return False
+        if kind == "leaf":
+            leaf = node.variable
+            if id(leaf) not in theta and (id(leaf) not in phi or _hooks(leaf)):
+                return False
+    return True
+
+
+@functools.lru_cache(maxsize=1024)
+def _kind(node: type) -> str:
+    """What is known about a node by its type: "leaf", "opaque" (it may do anything) or "plain"."""
+    if node.__name__ == "AccumulateGrad":
+        return "leaf"
+    opaque = node.__name__ == "CppFunction" or issubclass(node, BackwardCFunction)
+    return "opaque" if opaque else "plain"
 
 
 def _hooks(tensor: Tensor) -> list[Any]:

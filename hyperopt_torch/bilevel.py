@@ -445,8 +445,11 @@ class BilevelOptimizer:
             (self._inner_moved, problem.inner_parameters),
             (self._outer_moved, problem.outer_parameters),
         )
+        oldest = min((node._sequence_nr() for node in nodes), default=0)
         for (thread, moved), parameters in levels:
-            if thread == threading.get_ident() and reaches(older(nodes, moved), parameters):
+            if oldest >= moved or thread != threading.get_ident():
+                continue
+            if reaches(older(nodes, moved), parameters):
                 raise RuntimeError(OUTSIDE)
 
     # Between the levels -------------------------------------------------------------------------

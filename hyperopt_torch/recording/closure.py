@@ -36,7 +36,7 @@ class PerSample(NamedTuple):
 TrainLoss = Tensor | PerSample | tuple[Any, Any] | Callable[[], Any]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Evaluation:
     """One evaluation of the training loss, its graph alive.
 
@@ -73,8 +73,11 @@ def evaluate(train_loss: TrainLoss) -> Evaluation:
     """
     value: Any = train_loss
     if callable(train_loss):
-        with torch.enable_grad():
+        if torch.is_grad_enabled():
             value = train_loss()
+        else:
+            with torch.enable_grad():
+                value = train_loss()
     outputs = None
     if isinstance(value, tuple) and not isinstance(value, PerSample) and len(value) == 2:
         value, outputs = value

@@ -126,33 +126,35 @@ class Watch:
         self.door: list[Entrant] = []
         self._last, self._ours = last, ours
         self._thread = threading.get_ident()
-        self._open: set[int] = set()  # parts of a root that nothing visible entered
-        self._root_ids: set[int] = set()
+        # Roots, and the parts of a root that nothing visible entered.
+        self._doors: set[nn.Module] = set()
         self._versions: dict[int, tuple[Tensor, int]] = {}
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
-        if _is_compiling() or threading.get_ident() != self._thread:
+        if _is_compiling():  # first of all: torch.compile traces this function
             return
-        if module not in self.modules:
+        known = module in self.modules
+        if (known and module not in self._doors) or threading.get_ident() != self._thread:
+            return
+        if not known:
             if isinstance(module, torch.fx.GraphModule) and any(map(is_compiled, self.roots)):
                 return  # what torch.compile made of a root
             self.adopt(module)
-        elif id(module) not in self._root_ids and id(module) not in self._open:
-            return
         found = list(entrants((args, kwargs)))
         self.door.extend(found)
         if not found and not args:  # torch's global hooks do not see keyword arguments
-            self._open.update(map(id, module.modules()))
+            self._doors.update(module.modules())
 
     def adopt(self, root: nn.Module) -> None:
         """Takes the state of an outermost module and of its parts."""
-        self._root_ids.add(id(root))
+        self._doors.add(root)
         self.roots.append(root)
+        modules, last, ours = self.modules, self._last, self._ours
         for part in root.modules():
-            if part not in self.modules:
-                self.modules[part] = module_state(part, self._last.get(part))
+            if part not in modules:
+                modules[part] = module_state(part, last.get(part))
                 for p in part._parameters.values():
-                    if p is not None and id(p) not in self._ours:
+                    if id(p) not in ours and p is not None:
                         self.note_versions([p])
 
     def note_versions(self, tensors: Iterable[Tensor]) -> None:
