@@ -1,6 +1,7 @@
 """Hypergradients for PyTorch training loops."""
 
 from . import functional
+from ._default import AutomaticCurvature
 from .bilevel import BilevelOptimizer
 from .checking import HypergradientCheck, check_hypergradient
 from .curvature import Curvature, GaussNewton, Hessian
@@ -36,6 +37,7 @@ __all__ = [
     "IHVP",
     "NHGD",
     "PZOBO",
+    "AutomaticCurvature",
     "BilevelOptimizer",
     "ConjugateGradient",
     "Curvature",

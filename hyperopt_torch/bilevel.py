@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ._default import default_estimator
 from ._graph import graph_nodes, short_way_is_safe, without_parameter_hooks
 from ._tensors import inner_product
 from .curvature import Curvature
@@ -23,7 +24,7 @@ from .estimators import BilevelProblem, HypergradientEstimator, ImplicitDifferen
 from .estimators._moving import hook_zeros
 from .estimators._trajectory import TrajectoryEstimator
 from .estimators.base import all_facts
-from .ihvp import IHVP, RecycledCG
+from .ihvp import IHVP
 from .inner_optimizer import (
     Prober,
     StepHook,
@@ -45,6 +46,7 @@ from .recording import (
     older,
     reaches,
     sequence_number,
+    settled,
 )
 from .report import SolveReport, Trouble
 
@@ -60,7 +62,10 @@ class BilevelOptimizer:
         estimator: how hypergradients are made; give this or ``ihvp``. Without both it is
             ``ImplicitDifferentiation(RecycledCG(window=20))``: three products a step and 44 vectors
             of the size of the inner parameters.
-        curvature: what stands for the inner Hessian; goes with ``ihvp``. Default: ``Hessian()``.
+        curvature: what stands for the inner Hessian; goes with ``ihvp``. Default: ``Hessian()``
+            where an ``ihvp`` is given; without one ``AutomaticCurvature()``, which is
+            ``GaussNewton()`` as soon as the training closure returns ``(loss, outputs)``. On
+            networks let it do so.
         grad_scaler: a ``torch.amp.GradScaler`` for the inner step, which is then scaled, unscaled,
             stepped and updated through it. Where losses compute in half precision, the products
             and the validation gradient are scaled by it as well, and divided again.
@@ -120,9 +125,9 @@ class BilevelOptimizer:
         if grad_scaler is not None and not hasattr(grad_scaler, "unscale_"):
             raise TypeError(f"grad_scaler must be a torch.amp.GradScaler; got {grad_scaler!r}.")
         self.inner, self.outer = inner, outer
-        self.estimator = estimator or ImplicitDifferentiation(
-            RecycledCG(window=20) if ihvp is None else ihvp, curvature
-        )
+        if estimator is None and ihvp is None:
+            estimator = default_estimator(curvature)
+        self.estimator = estimator or ImplicitDifferentiation(ihvp, curvature)  # type: ignore[arg-type]
         self.grad_scaler = grad_scaler
         self.max_grad_norm = (
             None
@@ -613,7 +618,7 @@ class BilevelOptimizer:
             self_check=self.self_check,
         )
         parameters = [*problem.inner_parameters, *problem.outer_parameters]
-        with torch.enable_grad(), without_parameter_hooks(parameters):
+        with settled(), torch.enable_grad(), without_parameter_hooks(parameters):
             found = self.estimator.estimate(problem, val_loss)
         assert self.estimator.report is not None
         self.estimator.report, found = judged(self.estimator.report, found, val_loss)

@@ -24,7 +24,10 @@ class LinearOperator(ABC):
     Attributes:
         shape, dtype, device: of the matrix.
         matvecs: products done so far; a product with k columns counts k, a joint product one.
+        approximate: whether it stands for another matrix, as Gauss-Newton does for the Hessian.
     """
+
+    approximate: bool = False
 
     def __init__(self, n: int, dtype: torch.dtype, device: torch.device) -> None:
         self.shape = (n, n)
@@ -41,6 +44,14 @@ class LinearOperator(ABC):
         """(Hx, Jᵀx): (n,) -> (n,), (h,), both from one backward pass where the curvature allows."""
         self.matvecs += 1
         return self._joint(x)
+
+    def exact(self, x: Tensor) -> Tensor:
+        """(n,) -> (n,), the product with the matrix that this one stands for."""
+        self.matvecs += 1
+        return self._exact(x)
+
+    def _exact(self, x: Tensor) -> Tensor:
+        return self._product(x)
 
     @abstractmethod
     def _product(self, x: Tensor) -> Tensor: ...
@@ -103,7 +114,7 @@ class Wrapping(LinearOperator):
 
     def __init__(self, operator: LinearOperator) -> None:
         super().__init__(operator.shape[0], operator.dtype, operator.device)
-        self.operator = operator
+        self.operator, self.approximate = operator, operator.approximate
 
     def inner(self, x: Tensor, y: Tensor) -> Tensor:
         return self.operator.inner(x, y)
@@ -139,6 +150,9 @@ class Damped(Wrapping):
         product, cross = self.operator.joint(x)
         return self._shift(product, x), cross
 
+    def _exact(self, x: Tensor) -> Tensor:
+        return self._shift(self.operator.exact(x), x)
+
     def _shift(self, product: Tensor, x: Tensor) -> Tensor:
         return torch.add(product, x, alpha=self.damping) if self.damping else product
 
@@ -164,6 +178,9 @@ class Shifted(Wrapping):
         product, cross = self.operator.joint(x)
         return product + self.shift * x, cross
 
+    def _exact(self, x: Tensor) -> Tensor:
+        return self.operator.exact(x) + self.shift * x
+
 
 class Summed(LinearOperator):
     """Σ w_i A_i, where each A_i is made anew for every product and dropped before the next one.
@@ -184,6 +201,7 @@ class Summed(LinearOperator):
         first = self._makes[0][1]()  # tells the shape, and waits for the first product
         super().__init__(first.shape[0], first.dtype, first.device)
         self._first: list[LinearOperator] = [first]
+        self.approximate = first.approximate
 
     def _product(self, x: Tensor) -> Tensor:
         return self._sum(lambda A: (A @ x,))[0]
@@ -194,6 +212,9 @@ class Summed(LinearOperator):
     def _joint(self, x: Tensor) -> tuple[Tensor, Tensor]:
         product, cross = self._sum(lambda A: A.joint(x))
         return product, cross
+
+    def _exact(self, x: Tensor) -> Tensor:
+        return self._sum(lambda A: (A.exact(x),))[0]
 
     def _sum(self, product: Callable[[LinearOperator], Sequence[Tensor]]) -> list[Tensor]:
         total: list[Tensor] = []

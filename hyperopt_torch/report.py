@@ -78,6 +78,7 @@ class SolveReport:
         finite: whether losses, products, solution and hypergradient are all finite.
         diverged: whether a series grew instead of converging, and was cut.
         damping: ρ.
+        self_tuned: whether the strategy chose ρ itself.
         curvature: xᵀ(H + ρI)x, where known.
         precision: machine epsilon of the coarsest dtype that the training loss computes in, where
             that is coarser than the vectors'.
@@ -102,6 +103,7 @@ class SolveReport:
     finite: Tensor | bool | None = None
     diverged: Tensor | bool | None = None
     damping: Tensor | float | None = None
+    self_tuned: bool = False
     curvature: Tensor | None = None
     precision: float | None = None
     self_check: SelfCheck | None = None
@@ -211,7 +213,8 @@ def _of_the_solve(known: Mapping[str, Any]) -> _Found:
     if precision is not None and residual is not None and residual < precision:
         yield "precision", {"residual": residual, "precision": precision}
     rho, size, energy = known["damping"], known["solution_norm"], known["curvature"]
-    if rho and size and energy is not None and rho * size * size > energy / 2 > 0:
+    outweighs = rho and size and energy is not None and rho * size * size > energy / 2 > 0
+    if outweighs and not known["self_tuned"]:  # else it is what the system called for
         yield "damping", {"share": rho * size * size / energy}
 
 

@@ -668,7 +668,11 @@ def decays(run: Run, dtype: torch.dtype) -> Tensor:
 def damping(run: Run) -> float:
     estimator = run.bilevel.estimator
     assert isinstance(estimator, ImplicitDifferentiation)
-    return float(estimator.ihvp.damping)
+    chosen = estimator.ihvp.damping
+    if chosen == "auto":  # by itself, in the solve that was just done
+        assert run.bilevel.report is not None
+        return float(run.bilevel.report.damping)
+    return float(chosen)
 
 
 def unrolled_by_hand(run: Run, batch: Any) -> Truth | None:

@@ -15,6 +15,7 @@ LAYERS = [
     {"operators"},
     {"curvature", "ihvp"},
     {"estimators"},
+    {"_default"},
     {"bilevel", "functional", "health"},
     {"checking"},
     {"__init__"},

@@ -236,3 +236,5 @@ def test_an_interrupt_leaves_everything_as_found():
         signal.signal(signal.SIGALRM, before)
     assert caught > 5
     assert not torch.nn.modules.module._global_forward_pre_hooks
+    assert not torch.nn.modules.module._global_forward_hooks
+    assert torch._dynamo.eval_frame._stance.stance == "default"

@@ -17,6 +17,10 @@ from ..operators import LinearOperator
 from .base import MEMORY, BatchedOperator, Curvature, automatic_chunk
 
 
+class NoGaussNewton(RuntimeError):
+    """There is no Gauss-Newton matrix of this loss and these outputs."""
+
+
 class GaussNewton(Curvature):
     """G = J_oᵀ F_oo J_o + J_oᵀ F_oθ + F_θo J_o + F_θθ, for a loss f = F(o(θ, φ), θ, φ).
 
@@ -67,18 +71,20 @@ class _GaussNewtonOperator(BatchedOperator):
     goes through o as well. So one backward pass makes all four terms of G.
     """
 
+    approximate = True
+
     def __init__(self, gradient: InnerGradient, chunk_size: int | None) -> None:
         super().__init__(gradient, chunk_size)
         carriers, direct = gradient.carriers, _direct_parameters(gradient)
         if not carriers:
-            raise RuntimeError(_diagnosis(gradient))
+            raise NoGaussNewton(_diagnosis(gradient))
         with _held(gradient.output_tensors), explained_refusals():
             partials = torch.autograd.grad(
                 gradient.scaled_loss, [*carriers, *direct], create_graph=True, allow_unused=True
             )
         self._F_o = partials[: len(carriers)]
         if not _depend(self._F_o, carriers):
-            raise RuntimeError(_diagnosis(gradient))
+            raise NoGaussNewton(_diagnosis(gradient))
         known = dict(zip(map(id, direct), partials[len(carriers) :], strict=True))
         self._F_theta = [known.get(id(p)) for p in gradient.inner]  # None: only through o
 
@@ -91,6 +97,9 @@ class _GaussNewtonOperator(BatchedOperator):
         tangents, cross = self.gradient.push_and_cross(x)
         lower = self.gradient.lower
         return lower(self._pull(tangents, x), t), lower(cross, t)
+
+    def _exact(self, x: Tensor) -> Tensor:
+        return self.gradient.hessian_product(x)
 
     def _batch(self, rows: Tensor) -> Tensor:
         rows, t = self.gradient.lift(rows)

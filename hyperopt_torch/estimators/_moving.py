@@ -22,6 +22,7 @@ class Moving(LinearOperator):
     def __init__(self, operator: LinearOperator, moving: Tensor) -> None:
         super().__init__(operator.shape[0], operator.dtype, operator.device)
         self.operator, self.moving = operator, moving
+        self.approximate = operator.approximate
 
     def _product(self, x: Tensor) -> Tensor:
         m = self.moving
@@ -35,6 +36,10 @@ class Moving(LinearOperator):
         m = self.moving
         product, cross = self.operator.joint(m * x)
         return m * product + (1 - m) * x, cross
+
+    def _exact(self, x: Tensor) -> Tensor:
+        m = self.moving
+        return m * self.operator.exact(m * x) + (1 - m) * x
 
     def inner(self, x: Tensor, y: Tensor) -> Tensor:
         return self.operator.inner(x, y)

@@ -165,13 +165,17 @@ class ImplicitDifferentiation(HypergradientEstimator):
             return solution, solution.cross
         x = solution.x
         Hx, cross = operator.joint(x)
-        Ax = Hx + self.ihvp.damping * x
+        Ax = Hx + self._damping(solution) * x
         solution = replace(
             solution,
             residual=_relative(operator, b - Ax, b),
             curvature=operator.inner(x, Ax),
         )
         return solution, cross
+
+    def _damping(self, solution: Solution) -> float:
+        own = solution.damping
+        return float(self.ihvp.damping if own is None else own)
 
     def _report(
         self, solution: Solution, operator: LinearOperator, b: Tensor, gradient: Tensor
@@ -190,10 +194,14 @@ class ImplicitDifferentiation(HypergradientEstimator):
             negative_curvature=solution.negative_curvature,
             converged=solution.converged,
             diverged=solution.diverged,
-            damping=self.ihvp.damping,
+            damping=self._damping(solution),
+            self_tuned=solution.damping is not None,
             curvature=solution.curvature,
             notes=solution.notes,
         )
+
+    def begin(self, initial: Sequence[Tensor]) -> None:
+        self.ihvp.begin()
 
     def recover(self) -> None:
         if not self.ihvp.observes:  # a memory of inner steps has nothing to do with it

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -35,11 +35,19 @@ class Descent:
     pairs: list[Pair] = field(default_factory=list)
     steps: int = 0  # without the warm start
     negative: bool = False
-    slope: float = 0.0  # |qᵀAq| / qᵀq where curvature failed
 
     @property
     def residual(self) -> float:
         return self.norm / self.rhs_norm if self.rhs_norm > 0 else 0.0
+
+    def energy(self, A: LinearOperator, b: Tensor) -> float:
+        """½xᵀAx - bᵀx, which conjugate directions lower at every step; 0 at x = 0."""
+        return -0.5 * float(A.inner(self.x, b + self.r))
+
+    def rayleigh(self, A: LinearOperator, b: Tensor) -> float:
+        """xᵀAx / xᵀx; 0 for x = 0."""
+        size = float(A.inner(self.x, self.x))
+        return float(A.inner(self.x, b - self.r)) / size if size > 0 else 0.0
 
     def solution(
         self, A: LinearOperator, b: Tensor, tol: float | None, notes: tuple[str, ...] = ()
@@ -57,7 +65,7 @@ class Descent:
 
 
 def begin(A: LinearOperator, b: Tensor, guess: Tensor | None = None) -> Descent:
-    """x = 0, or the best multiple of ``guess`` if it points downhill: one joint product."""
+    """x = 0, or the best multiple of ``guess``, of either sign: one joint product."""
     rhs_norm = float(A.inner(b, b).sqrt())
     cold = Descent(torch.zeros_like(b), None, b, rhs_norm, rhs_norm)
     if guess is None or guess.shape != b.shape or rhs_norm == 0:
@@ -69,7 +77,7 @@ def begin(A: LinearOperator, b: Tensor, guess: Tensor | None = None) -> Descent:
     q = guess / size
     Aq, Jq = A.joint(q)
     curvature, along = float(A.inner(q, Aq)), float(A.inner(q, b))
-    if not (curvature > _FLAT * float(A.inner(Aq, Aq).sqrt()) and along > 0):
+    if not curvature > _FLAT * float(A.inner(Aq, Aq).sqrt()):
         return cold
     a = along / curvature
     r = b - a * Aq
@@ -92,6 +100,7 @@ def descend(
 
     Cost: one joint product and (2 + 2·directions) vector operations a step; syncs.
     """
+    state = replace(state, pairs=list(state.pairs))
     floor = max(tol, torch.finfo(state.r.dtype).eps) * state.rhs_norm
     for _ in range(max_iter):
         if state.norm <= floor:
@@ -107,11 +116,8 @@ def descend(
         curvature = float(A.inner(q, Aq))
         if not curvature > _FLAT * float(A.inner(Aq, Aq).sqrt()):
             state.negative = curvature == curvature  # NaN is another trouble, and shows itself
-            state.slope = abs(curvature)
             if not state.negative:
                 state.x, state.norm = state.x + Aq, float("nan")
-            elif not state.steps and not state.pairs:  # nothing better than b is known
-                _fall_back(A, state, q, Aq, Jq)
             break
         _advance(A, state, Pair(q, Aq, curvature), Jq)
     return state
@@ -127,11 +133,37 @@ def _advance(A: LinearOperator, state: Descent, pair: Pair, Jq: Tensor) -> None:
     state.steps += 1
 
 
-def _fall_back(A: LinearOperator, state: Descent, q: Tensor, Aq: Tensor, Jq: Tensor) -> None:
-    """x = q‖b‖/‖Aq‖, positive and no longer than the curvature along b would make it."""
-    size = float(A.inner(Aq, Aq).sqrt())
-    alpha = state.rhs_norm / size if size > 0 else state.rhs_norm
-    sign = 1.0 if float(A.inner(q, state.r)) >= 0 else -1.0
-    state.x, state.cross = sign * alpha * q, sign * alpha * Jq
-    state.r = state.r - sign * alpha * Aq
-    state.norm = float(A.inner(state.r, state.r).sqrt())
+def rescued(A: LinearOperator, b: Tensor, found: Descent) -> Descent:
+    """Where curvature failed: the multiple of x that is best for the residual, at no product.
+
+    On an indefinite A an iterate may be any length. Ax = b - r is known, and ‖b - aAx‖ is least at
+    a = bᵀAx/‖Ax‖². Where that says nothing, the same for b: one product.
+    """
+    if not found.negative or not found.rhs_norm > 0:
+        return found
+    x, cross, Ax = found.x, found.cross, b - found.r
+    along, size = float(A.inner(b, Ax)), float(A.inner(Ax, Ax))
+    if cross is None or not (along > 0 and size > 0):
+        x, (Ax, cross) = b, A.joint(b)
+        along, size = float(A.inner(b, Ax)), float(A.inner(Ax, Ax))
+    a = along / size if along > 0 and size > 0 else found.rhs_norm / size**0.5 if size > 0 else 1.0
+    r = b - a * Ax
+    norm = float(A.inner(r, r).sqrt())
+    return replace(found, x=a * x, cross=a * cross, r=r, norm=norm)
+
+
+def between(A: LinearOperator, start: Descent, end: Descent, weight: float) -> Descent:
+    """start + weight·(end - start), with all that belongs to it, at no product.
+
+    Over many solves, each warm from the last one, this is their exponential average.
+    """
+    assert start.cross is not None
+    assert end.cross is not None
+    r = torch.lerp(start.r, end.r, weight)
+    return replace(
+        end,
+        x=torch.lerp(start.x, end.x, weight),
+        cross=torch.lerp(start.cross, end.cross, weight),
+        r=r,
+        norm=float(A.inner(r, r).sqrt()),
+    )

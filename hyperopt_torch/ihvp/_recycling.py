@@ -56,6 +56,13 @@ class RecycledPairs(Preconditioner):
         s["gram"][:, both], s["gram"][both] = columns, columns.mT
         s["count"] += len(pairs)
 
+    def largest(self) -> float | None:
+        """The largest ‖Hq‖ of the pairs, a lower bound of ‖H‖; None without pairs. A sync."""
+        k = min(self.state.get("count", 0), self.window)
+        if not k:
+            return None
+        return float(self.state["gram"].diagonal()[self.window : self.window + k].amax().sqrt())
+
     def prepare(self, operator: LinearOperator, damping: float) -> Callable[[Tensor], Tensor]:
         if not self.state.get("count", 0) or self.state["pairs"].shape[1] != operator.shape[0]:
             return lambda r: r

@@ -21,7 +21,7 @@ class Watched(LinearOperator):
 
     def __init__(self, operator: LinearOperator, rhs: Tensor) -> None:
         super().__init__(operator.shape[0], operator.dtype, operator.device)
-        self.operator = operator
+        self.operator, self.approximate = operator, operator.approximate
         self.poison = _poison(rhs)
 
     def _keep(self, product: Tensor) -> Tensor:
@@ -38,6 +38,9 @@ class Watched(LinearOperator):
     def _joint(self, x: Tensor) -> tuple[Tensor, Tensor]:
         product, cross = self.operator.joint(x)
         return self._keep(product), self._keep(cross)
+
+    def _exact(self, x: Tensor) -> Tensor:
+        return self._keep(self.operator.exact(x))
 
     def inner(self, x: Tensor, y: Tensor) -> Tensor:
         return self.operator.inner(x, y)

@@ -28,6 +28,7 @@ class Solution:
         cross: (h,) Jᵀx, where it came along with the products; the caller computes it otherwise.
         residual: ‖b - (H + ρI) x‖ / ‖b‖, where known without a further product.
         curvature: xᵀ(H + ρI)x, where known without a further product.
+        damping: ρ, where the strategy chose it itself.
         rank, negative_curvature, converged, diverged, notes: as in
             :class:`~hyperopt_torch.SolveReport`.
     """
@@ -41,6 +42,7 @@ class Solution:
     notes: tuple[str, ...] = ()
     curvature: Tensor | None = None
     diverged: Tensor | bool | None = None
+    damping: float | None = None
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,11 @@ class Memory:
         self.state = self.initial_state()
         for part in self._parts().values():
             part.reset()
+
+    def begin(self) -> None:
+        """Takes note that a new inner problem like the last one begins, as a new task does."""
+        for part in self._parts().values():
+            part.begin()
 
     def fresh(self: Self) -> Self:
         """A copy with the same settings and no memory."""
@@ -252,7 +259,7 @@ class IHVP(Memory, ABC):
     model, an optimizer or a loss.
     """
 
-    damping: float = 0.0
+    damping: Any = 0.0  # ρ, a number, or "auto" where the strategy chooses it
     follows: bool = False  # whether the memory is about a neighbourhood of θ, worthless elsewhere
 
     @abstractmethod

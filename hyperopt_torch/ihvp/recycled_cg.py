@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from ..errors import check_count, check_number
 from ..operators import Damped, LinearOperator
-from ._descent import begin, descend
+from ._damping import AUTO, SelfTunedDamping, check_damping
+from ._descent import begin, between, descend, rescued
 from ._recycling import RecycledPairs
 from .base import IHVP, Solution
 
-_FIRST_TOL = 1e-2  # what the first solve, which has nothing to recycle, is solved to
+_FIRST_TOL = 0.1  # what the first solve, which has nothing to recycle, is solved to
 _FIRST_STEPS = 60
 _MOST_STEPS = 20  # of a later solve in tolerance mode
-_RETRY_STEPS = 10  # of the cold solve after a failed warm one
+_WEIGHT = 0.4  # of a new solution in the average over the steps
+_HELD_UP = 0.5  # of ρ: where H takes more than that, A is positive by luck
+_AKIN = 0.5  # of the energy reached: with less the last solution was of another problem
 
 
 class RecycledCG(IHVP):
@@ -28,20 +33,27 @@ class RecycledCG(IHVP):
         max_iter: budget mode: steps a solve, >= 1; max_iter + 1 products with the warm start.
         tol: tolerance mode: steps until ‖r‖ <= tol·‖b‖, at most 20, looked at before a product is
             spent; ``max_iter`` is not used then. None: budget mode.
-        damping: ρ >= 0.
+        damping: ρ >= 0, or "auto": relative to ‖H‖, between 1e-10 and 0.015 of it, chosen from
+            solve to solve by what becomes of the curvature along the last solution
+            (:class:`~hyperopt_torch.ihvp._damping.SelfTunedDamping`). Then the answer does not
+            depend on the scale of the loss, and systems that hold still are solved undamped. Where
+            H changes at random, as on small mini-batches, the solution is averaged over the
+            steps, a new one with the weight 0.4, at no product.
 
     Raises:
         ValueError: an argument is out of its range.
 
     Exact limit: as for conjugate gradients, in as many steps or fewer.
 
-    Trouble: the first solve has nothing to recycle: it runs to a residual of 0.01 (or ``tol``),
-    within 60 steps. Negative curvature is flagged, the pairs are forgotten, the iterate before it
-    is kept. A residual above ‖b‖, or one that is not finite, is answered by one cold solve of 10
-    steps.
+    Trouble: the first solve of an inner problem has no solution to go on from: it runs to a
+    residual of 0.1 (or ``tol``), within 60 steps. A solve is never judged by its residual, which
+    may rise above ‖b‖ on the way of an ill-conditioned one: conjugate directions lower the energy
+    ½xᵀAx - bᵀx at every step, from that of the last solution on. Negative curvature is flagged and
+    ends the solve; the solution gets the length that is best for the residual.
 
-    Cost: max_iter + 1 joint products; vector work of about (4·window + 40)·n flops a
-    step; 2·window + 2·max_iter vectors; syncs at every step.
+    Cost: max_iter + 1 joint products, 3 products more before the first solve with "auto"; vector
+    work of about (4·window + 40)·n flops a step; 2·window + 2·max_iter vectors; syncs at every
+    step.
 
     Example:
         >>> import torch
@@ -51,7 +63,8 @@ class RecycledCG(IHVP):
         tensor([1.0000, 0.2500])
 
     Reference: this library's; recycling of Krylov subspaces: Parks et al., SIAM J. Sci. Comput.
-    2006; the preconditioner: Frangella, Tropp & Udell 2023, and L-BFGS.
+    2006; the preconditioner: Frangella, Tropp & Udell 2023, and L-BFGS; the damping: after
+    Levenberg and Marquardt.
     """
 
     follows = True
@@ -62,30 +75,50 @@ class RecycledCG(IHVP):
         *,
         max_iter: int = 2,
         tol: float | None = None,
-        damping: float = 0.01,
+        damping: float | str = AUTO,
     ) -> None:
         super().__init__()
         self.max_iter = check_count("max_iter", max_iter)
         self.tol = None if tol is None else check_number("tol", tol, positive=True)
-        self.damping = check_number("damping", damping)
+        self.damping = check_damping(damping)
         self.pairs = RecycledPairs(window)
+        if self.damping == AUTO:
+            self._tuned = SelfTunedDamping()
+
+    def begin(self) -> None:
+        self.state.clear()  # the pairs may serve the new problem; the solution does not
 
     def solve(self, operator: LinearOperator, rhs: Tensor) -> Solution:
-        A = Damped(operator, self.damping)
-        found = begin(A, rhs, self.state.get("x"))
+        tuned = self._tuned if self.damping == AUTO else None
+        rho = tuned.choose(operator, rhs, self.pairs.largest()) if tuned else self.damping
+        A = Damped(operator, rho)
         first = not self.state
         steps = _FIRST_STEPS if first else self.max_iter if self.tol is None else _MOST_STEPS
         tol = (_FIRST_TOL if first else 0.0) if self.tol is None else self.tol
-        found = descend(A, found, self.pairs.prepare(operator, self.damping), steps, tol)
-        paid = found.pairs
-        notes: tuple[str, ...] = ()
-        if not found.negative and not found.residual <= 1 and not first:
-            notes = ("the warm solve failed and was replaced by a cold one",)
-            found = descend(A, begin(A, rhs), None, _RETRY_STEPS, tol)
-            paid = found.pairs
-        if found.negative:
-            self.pairs.reset()
-        else:
-            self.pairs.learn(operator, [(p.q, p.Aq - self.damping * p.q) for p in paid])
-        self.state["x"] = found.x
-        return found.solution(A, rhs, self.tol, notes)
+
+        start = begin(A, rhs, self.state.get("x"))
+        found = descend(A, start, self.pairs.prepare(operator, rho), steps, tol)
+        self.pairs.learn(operator, [(p.q, p.Aq - rho * p.q) for p in found.pairs])
+        found = rescued(A, rhs, found)
+
+        if tuned:
+            noisy, end = tuned.noisy, found.rayleigh(A, rhs) - rho  # the curvature of H along x
+            if not first:
+                new = start.pairs[0].curvature - rho if start.pairs else 0.0
+                agreement = _agreement(self.state["curvature"], new)
+                tuned.learn(agreement, found.negative or end < -_HELD_UP * rho)
+            akin = start.energy(A, rhs) < _AKIN * found.energy(A, rhs) and not found.negative
+            if noisy and akin and self.tol is None:
+                found = between(A, start, found, _WEIGHT)
+                end = found.rayleigh(A, rhs) - rho
+            self.state["curvature"] = end
+            tuned.look(operator, found.x, rhs - found.r - rho * found.x)
+        if found.rhs_norm:
+            self.state["x"] = found.x
+        solution = found.solution(A, rhs, self.tol)
+        return replace(solution, damping=rho) if tuned else solution
+
+
+def _agreement(a: float, b: float) -> float:
+    """The smaller over the larger of two curvatures; 0 where one is not positive."""
+    return min(a, b) / max(a, b) if min(a, b) > 0 else 0.0

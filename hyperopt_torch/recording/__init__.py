@@ -5,7 +5,7 @@ from .age import older, reaches, sequence_number
 from .closure import Evaluation, PerSample, TrainLoss, evaluate
 from .freeze import FrozenClosure
 from .objective import InnerObjective, weights
-from .restore import Restoring
+from .restore import Restoring, settled
 from .rows import sample_rows
 from .step import Record, Recorder, State, copied, settings_now
 from .streams import Streams, shared
@@ -33,6 +33,7 @@ __all__ = [
     "sample_rows",
     "sequence_number",
     "settings_now",
+    "settled",
     "shared",
     "weights",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -155,16 +155,34 @@ def _put_aside(present: Restoring, tensor: Tensor) -> None:
 
 @contextmanager
 def _twice_differentiable() -> Iterator[None]:
-    with ExitStack() as stack:
-        try:
-            from torch.nn.attention import SDPBackend, sdpa_kernel
-        except ImportError:  # torch < 2.3
-            pass
-        else:
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+    with _attention_by_matrix_products(), _uncompiled():
         yield
+
+
+@contextmanager
+def _attention_by_matrix_products() -> Iterator[None]:
+    try:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+    except ImportError:  # torch < 2.3
+        yield
+        return
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    frame: Any = sys.modules.get("torch._dynamo.eval_frame")
+    if frame is None or not hasattr(torch.compiler, "set_stance"):
+        yield
+        return
+    found = getattr(frame, "_stance", None)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:  # it is set as soon as it is made: an interrupt may come before `with` holds it
+        if found is not None and frame._stance is not found:
+            frame._set_stance(found)
 
 
 def same_loss(recorded: Tensor, again: Tensor) -> Tensor:

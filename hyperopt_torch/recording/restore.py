@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 import sys
+import threading
 from collections.abc import Callable, MutableMapping
 from types import TracebackType
 from typing import Any
 
 import torch
+from torch.nn.modules import module as _module
 
 
 class Restoring:
@@ -16,7 +18,8 @@ class Restoring:
 
     Changes are made through its methods, before or inside the context. Each undoing may be done
     twice without harm, so an interrupt (Ctrl-C) while it happens does not cut it short: it is
-    raised at the end.
+    raised at the end. One that comes at the very moment when the context ends is the affair of
+    :func:`settled`.
     """
 
     def __init__(self) -> None:
@@ -49,20 +52,25 @@ class Restoring:
                     self._undo.pop()
             except KeyboardInterrupt as error:
                 interrupt = error
+        mine = _open()
+        if self in mine:
+            mine.remove(self)
         if interrupt is not None:
             raise interrupt
 
     def finally_do(self, undo: Callable[[], None]) -> None:
         """``undo`` at the end; may be called twice."""
+        if self not in _open():
+            _open().append(self)
         self._undo.append(undo)
 
     def entry(self, holder: MutableMapping[Any, Any], key: Any, value: Any) -> None:
         """``holder[key] = value`` now, and what was there (perhaps nothing) at the end."""
         if key in holder:
             own = holder[key]
-            self._undo.append(lambda: holder.__setitem__(key, own))
+            self.finally_do(lambda: holder.__setitem__(key, own))
         else:
-            self._undo.append(lambda: holder.pop(key, None))
+            self.finally_do(lambda: holder.pop(key, None))
         holder[key] = value
 
     def attributes(self, own: dict[str, Any], then: dict[str, Any]) -> None:
@@ -70,7 +78,7 @@ class Restoring:
 
         def change() -> None:
             now = dict(own)
-            self._undo.append(lambda: _become(own, now))
+            self.finally_do(lambda: _become(own, now))
             _become(own, then)
 
         self._changes.append(change)
@@ -81,10 +89,54 @@ class Restoring:
 
         def change() -> None:
             now = get()
-            self._undo.append(lambda: put(now))
+            self.finally_do(lambda: put(now))
             put(state)
 
         self._changes.append(change)
+
+
+class _ThisThread(threading.local):
+    def __init__(self) -> None:
+        self.open: list[Restoring] = []
+
+
+_this_thread = _ThisThread()
+
+
+def _open() -> list[Restoring]:
+    """What this thread has begun to change and not put back, the oldest first."""
+    return _this_thread.open
+
+
+class settled:
+    """At its end everything is undone that a :class:`Restoring` of this thread changed inside.
+
+    The end of a context written in python is a call, and an interrupt may come as it begins.
+    """
+
+    def __enter__(self) -> None:
+        self._before = len(_open())
+
+    def __exit__(self, *error: object) -> None:
+        mine = _open()
+        while len(mine) > self._before:
+            mine[-1]._put_back()
+
+
+def remove_global_hooks(*hooks: Callable[..., Any]) -> None:
+    """Takes global module hooks away, found by what they call: an interrupt may lose their handle.
+
+    Register for removal first, then register the hook: no moment is left between the two.
+    """
+    tables: list[Any] = [
+        _module._global_forward_pre_hooks,
+        _module._global_forward_hooks,
+    ]
+    flags = getattr(_module, "_global_forward_hooks_always_called", {})
+    for table in tables:
+        for key in [key for key, hook in table.items() if hook in hooks]:
+            table.pop(key, None)
+            flags.pop(key, None)
 
 
 def _become(own: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from .closure import Evaluation, evaluate
 from .door import Entrant, entrants
 from .freeze import FrozenClosure
+from .restore import Restoring, remove_global_hooks
 from .streams import StreamReader, Streams
 from .world import Modules, module_state
 from .world import is_compiling as _is_compiling
@@ -190,22 +191,29 @@ class watching:
         self._roots, self._quiet = roots, None if last is not None else warnings.catch_warnings()
         self._watch = Watch(last or {}, ours)
         self._handles: list[RemovableHandle] = []
+        self._present = Restoring()
 
     def __enter__(self) -> Watch:
         if self._quiet is not None:
             self._quiet.__enter__()
             warnings.filterwarnings("ignore", message=".*when there are global hooks on modules")
         enter = self._watch.enter
-        if self._roots:
-            hooks = [r.register_forward_pre_hook(enter, with_kwargs=True) for r in self._roots]
-            self._handles.extend(hooks)
-        else:
-            self._handles.append(register_module_forward_pre_hook(enter))
+        try:
+            if self._roots:
+                for root in self._roots:
+                    self._handles.append(root.register_forward_pre_hook(enter, with_kwargs=True))
+            else:
+                self._present.finally_do(lambda: remove_global_hooks(enter))
+                register_module_forward_pre_hook(enter)
+        except BaseException:
+            self.__exit__()
+            raise
         return self._watch
 
     def __exit__(self, *error: object) -> None:
         for handle in self._handles:
             handle.remove()
+        self._present.__exit__(None, None, None)
         if self._quiet is not None:
             self._quiet.__exit__(None, None, None)
 

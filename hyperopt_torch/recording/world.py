@@ -14,7 +14,7 @@ from torch.nn.modules.module import (
 )
 from torch.utils.hooks import RemovableHandle
 
-from .restore import Restoring
+from .restore import Restoring, remove_global_hooks
 
 _SMALL = 1 << 16  # entries
 
@@ -93,8 +93,9 @@ class BufferLender:
     def install(self, present: Restoring) -> None:
         """Hooks, until ``present`` ends."""
         present.finally_do(self._return_all)
-        present.finally_do(register_module_forward_pre_hook(self._enter).remove)
-        present.finally_do(_register_leave(self._leave).remove)
+        present.finally_do(lambda: remove_global_hooks(self._enter, self._leave))
+        register_module_forward_pre_hook(self._enter)
+        _register_leave(self._leave)
 
     def put(self, present: Restoring, values: Modules) -> None:
         """Copies of recorded buffers into the modules, until ``present`` ends."""

@@ -1,0 +1,116 @@
+"""Damping relative to the curvature, and held to what the last solution was worth."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import check_number
+from ..operators import LinearOperator
+from .base import Memory
+
+AUTO = "auto"
+_START, _MOST, _LEAST = 1e-2, 1.5e-2, 1e-10  # δ
+_ALERT, _INDEFINITE = 1e-3, 0.5  # δ from which, and up to which, to rise at negative curvature
+_RETRY = 0.9  # a step, of what negative curvature called for
+_HELD, _BROKEN = 0.95, 0.85  # agreement of the curvature along one solution on two systems
+_DOWN, _UP = 0.5, 4.0
+_TRUST, _EVERY = 0.5, 8  # of what an approximate curvature leaves out; solves between two looks
+_FADING = 0.97  # a step, of the largest curvature met
+_POWER_STEPS = 3
+
+
+def check_damping(damping: Any) -> float | str:
+    """``damping`` if it is a number >= 0 or "auto"; ValueError otherwise."""
+    if isinstance(damping, str):
+        if damping == AUTO:
+            return damping
+        raise ValueError(f'Invalid damping: {damping!r}; expected a number >= 0, or "auto".')
+    return check_number("damping", damping)
+
+
+class SelfTunedDamping(Memory):
+    """ρ = δ·σ, with σ ≈ ‖H‖ and a δ that is earned from solve to solve.
+
+    σ is the largest ‖Hq‖ over unit vectors q met so far, so that the solution does not depend on
+    the scale of the loss. δ goes by what becomes of the last solution x on the next system, which a
+    warm start looks at anyway: its curvature xᵀHx there against the one that was solved with. A
+    right-hand side may change as it likes; but where H is of another mini-batch, the directions
+    that had little curvature by chance have more of it now, and x was too long there.
+
+    - They agree within 5%: H holds, and δ is halved: undamped in the end, without bias at a fixed
+      point.
+    - They differ by more than 15%: δ grows, up to 0.015.
+    - Curvature that is not positive: δ grows, up to 0.5, and comes back to that slowly.
+
+    And where G stands for H, as Gauss-Newton does, its smallest eigenvalues mean nothing once they
+    are smaller than what it leaves out: ρ is half of ‖(H - G)x‖/‖x‖ at least. That is zero
+    for models linear in their parameters, and for the Hessian itself.
+
+    Cost: three products before the first solve; of an approximate curvature one more every eight
+    solves.
+    """
+
+    def initial_state(self) -> dict[str, Any]:
+        return {"delta": _START, "floor": 0.0, "scale": 0.0, "neglected": 0.0, "age": 0}
+
+    def choose(self, operator: LinearOperator, rhs: Tensor, known: float | None = None) -> float:
+        """ρ for the coming solve.
+
+        Args:
+            known: a lower bound of ‖H‖ that is known already.
+        """
+        if known is None and not self.state["scale"]:
+            known = _power_steps(operator, rhs)
+        scale = max(known or 0.0, _FADING * float(self.state["scale"]))
+        if math.isfinite(scale):
+            self.state["scale"] = scale
+        return max(float(self.state["delta"]), _TRUST * float(self.state["neglected"])) * scale
+
+    def look(self, operator: LinearOperator, x: Tensor, product: Tensor) -> None:
+        """Every so often takes ‖(H - G)x‖/‖x‖, over ‖H‖, for ``product`` = Gx; one product."""
+        scale = float(self.state["scale"])
+        if not operator.approximate or not scale:
+            return
+        if self.state["age"] % _EVERY == 0:
+            gap, size = operator.exact(x) - product, float(operator.inner(x, x).sqrt())
+            if size > 0:
+                self.state["neglected"] = float(operator.inner(gap, gap).sqrt()) / size / scale
+        self.state["age"] += 1
+
+    def learn(self, agreement: float | None, negative: bool) -> None:
+        """Takes what a solve found.
+
+        Args:
+            agreement: the smaller over the larger curvature of the last solution, on the system
+                that it solved and on this one; None where unknown.
+            negative: whether a curvature was not positive.
+        """
+        delta, floor = float(self.state["delta"]), _RETRY * float(self.state["floor"])
+        if negative:
+            floor = min(max(delta, _ALERT) * _UP, _INDEFINITE)
+        elif agreement is not None and agreement > _HELD:
+            delta *= _DOWN
+        elif agreement is not None and agreement < _BROKEN:
+            delta *= _UP
+        self.state["floor"] = floor
+        self.state["delta"] = max(min(delta, _MOST), floor, _LEAST)
+
+    @property
+    def noisy(self) -> bool:
+        """Whether about as much damping is called for as there may be: H changes at random."""
+        return float(self.state["delta"]) >= _MOST / 2
+
+
+def _power_steps(operator: LinearOperator, b: Tensor) -> float:
+    """‖Hq‖ for a q on the way to the leading eigenvector."""
+    size, y = 0.0, b
+    for _ in range(_POWER_STEPS):
+        norm = float(operator.inner(y, y).sqrt())
+        if not 0 < norm < math.inf:
+            return size
+        y = operator @ (y / norm)
+        size = float(operator.inner(y, y).sqrt())
+    return size
