@@ -12,12 +12,12 @@ from ..operators import LinearOperator
 from .base import Memory
 
 AUTO = "auto"
-_START, _MOST, _LEAST = 1e-2, 1.5e-2, 1e-10  # δ
+_START, _MOST, _LEAST = 3e-3, 1.5e-2, 1e-10  # δ
 _ALERT, _INDEFINITE = 1e-3, 0.5  # δ from which, and up to which, to rise at negative curvature
 _RETRY = 0.9  # a step, of what negative curvature called for
 _HELD, _BROKEN = 0.95, 0.85  # agreement of the curvature along one solution on two systems
 _DOWN, _UP = 0.5, 4.0
-_TRUST, _EVERY = 0.5, 8  # of what an approximate curvature leaves out; solves between two looks
+_TRUST, _EVERY = 1 / 3, 8  # of what an approximate curvature leaves out; solves between two looks
 _FADING = 0.97  # a step, of the largest curvature met
 _POWER_STEPS = 3
 
@@ -46,7 +46,7 @@ class SelfTunedDamping(Memory):
     - Curvature that is not positive: δ grows, up to 0.5, and comes back to that slowly.
 
     And where G stands for H, as Gauss-Newton does, its smallest eigenvalues mean nothing once they
-    are smaller than what it leaves out: ρ is half of ‖(H - G)x‖/‖x‖ at least. That is zero
+    are smaller than what it leaves out: ρ is a third of ‖(H - G)x‖/‖x‖ at least. That is zero
     for models linear in their parameters, and for the Hessian itself.
 
     Cost: three products before the first solve; of an approximate curvature one more every eight

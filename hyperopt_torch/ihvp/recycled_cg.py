@@ -13,7 +13,7 @@ from ._descent import begin, between, descend, rescued
 from ._recycling import RecycledPairs
 from .base import IHVP, Solution
 
-_FIRST_TOL = 0.1  # what the first solve, which has nothing to recycle, is solved to
+_FIRST_TOL = 0.03  # what the first solve, which has nothing to recycle, is solved to
 _FIRST_STEPS = 60
 _MOST_STEPS = 20  # of a later solve in tolerance mode
 _WEIGHT = 0.4  # of a new solution in the average over the steps
@@ -46,7 +46,7 @@ class RecycledCG(IHVP):
     Exact limit: as for conjugate gradients, in as many steps or fewer.
 
     Trouble: the first solve of an inner problem has no solution to go on from: it runs to a
-    residual of 0.1 (or ``tol``), within 60 steps. A solve is never judged by its residual, which
+    residual of 0.03 (or ``tol``), within 60 steps. A solve is never judged by its residual, which
     may rise above ‖b‖ on the way of an ill-conditioned one: conjugate directions lower the energy
     ½xᵀAx - bᵀx at every step, from that of the last solution on. Negative curvature is flagged and
     ends the solve; the solution gets the length that is best for the residual.
