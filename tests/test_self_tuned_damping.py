@@ -165,6 +165,20 @@ def test_the_memory_goes_on_after_loading():
         torch.testing.assert_close(one.x, other.x, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("when", [0, 3])
+def test_a_zero_right_hand_side_says_nothing(when):
+    solver = RecycledCG()
+    for t, (H, b) in enumerate(drifting(6, 1e-3)):
+        if t == when:
+            before, delta = dict(solver.state), solver._tuned.state["delta"]
+            assert not solver.solve(Dense(H), torch.zeros_like(b)).x.any()
+            assert solver.state.keys() == before.keys()
+            assert all(solver.state[name] is before[name] for name in before)
+            assert solver._tuned.state["delta"] == delta
+        found = solver.solve(Dense(H), b)
+        assert t or found.residual <= 0.03
+
+
 def test_a_new_problem_keeps_the_pairs_and_drops_the_solution():
     solver = RecycledCG()
     for H, b in drifting(5, 1e-3):

@@ -101,7 +101,7 @@ class RecycledCG(IHVP):
         self.pairs.learn(operator, [(p.q, p.Aq - rho * p.q) for p in found.pairs])
         found = rescued(A, rhs, found)
 
-        if tuned:
+        if tuned and found.rhs_norm:  # b = 0 says nothing
             noisy, end = tuned.noisy, found.rayleigh(A, rhs) - rho  # the curvature of H along x
             if not first:
                 new = start.pairs[0].curvature - rho if start.pairs else 0.0
