@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import spd, tensor
 
-from hyperopt_torch import ConjugateGradient
+from hyperopt_torch import ConjugateGradient, NystromPCG, RecycledCG
 from hyperopt_torch.ihvp._recycling import RecycledPairs
 from hyperopt_torch.ihvp.nystrom_pcg import NystromSketch
 from hyperopt_torch.operators import Dense
@@ -172,3 +172,22 @@ def test_recycled_pairs_pay():
         solver.solve(operator, torch.linalg.cholesky(H) @ torch.randn(100, dtype=torch.float64))
         counts.append(operator.matvecs)
     assert counts[1] < counts[0] / 2
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ConjugateGradient(5, preconditioner=RecycledPairs()),
+        lambda: NystromPCG(5, damping=0.0),
+        lambda: RecycledCG(damping=0.0),
+    ],
+)
+def test_negative_curvature_in_the_first_step_is_no_answer_of_zero(make, seed):
+    """The zero vector is the answer to b = 0 only; where nothing is known, it is b."""
+    b = torch.randn(8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    found = make().solve(Dense(-torch.eye(8, dtype=torch.float64)), b)
+    assert found.negative_curvature
+    assert found.cross is not None
+    assert found.x.norm() > 0
+    torch.testing.assert_close(found.x, b)

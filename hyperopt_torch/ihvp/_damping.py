@@ -1,4 +1,4 @@
-"""Damping relative to the curvature, and held to what the last solution was worth."""
+"""Damping relative to the curvature, and by what becomes of it from one system to the next."""
 
 from __future__ import annotations
 
@@ -80,20 +80,20 @@ class SelfTunedDamping(Memory):
                 self.state["neglected"] = float(operator.inner(gap, gap).sqrt()) / size / scale
         self.state["age"] += 1
 
-    def learn(self, agreement: float | None, negative: bool) -> None:
+    def learn(self, agreement: float, negative: bool) -> None:
         """Takes what a solve found.
 
         Args:
             agreement: the smaller over the larger curvature of the last solution, on the system
-                that it solved and on this one; None where unknown.
+                that it solved and on this one.
             negative: whether a curvature was not positive.
         """
         delta, floor = float(self.state["delta"]), _RETRY * float(self.state["floor"])
         if negative:
             floor = min(max(delta, _ALERT) * _UP, _INDEFINITE)
-        elif agreement is not None and agreement > _HELD:
+        elif agreement > _HELD:
             delta *= _DOWN
-        elif agreement is not None and agreement < _BROKEN:
+        elif agreement < _BROKEN:
             delta *= _UP
         self.state["floor"] = floor
         self.state["delta"] = max(min(delta, _MOST), floor, _LEAST)

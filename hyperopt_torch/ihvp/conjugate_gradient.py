@@ -11,7 +11,7 @@ from torch import Tensor
 from .._tensors import wide_dtype
 from ..errors import check_count, check_number
 from ..operators import Damped, LinearOperator
-from ._descent import begin, descend
+from ._descent import begin, descend, rescued
 from .base import IHVP, Preconditioner, Solution
 
 _RUNAWAY = 100.0  # a residual over ‖b‖ that ill-conditioning alone hardly explains
@@ -147,6 +147,7 @@ class ConjugateGradient(IHVP):
         found = descend(A, found, precondition, self.max_iter, self.tol)
         # The warm start is a pair like the others; only H, without ρ, is worth remembering.
         preconditioner.learn(operator, [(p.q, p.Aq - self.damping * p.q) for p in found.pairs])
+        found = rescued(A, rhs, found)
         if self.warm_start:
             self.state["x"] = found.x
         return found.solution(A, rhs, self.tol or None)

@@ -11,7 +11,7 @@ from torch import Tensor
 from .._tensors import draw_seed, seeded_generator, seeded_rng
 from ..errors import check_count, check_number
 from ..operators import Damped, LinearOperator
-from ._descent import begin, descend
+from ._descent import begin, descend, rescued
 from .base import IHVP, Preconditioner, Solution
 
 _CUT_INDEFINITE = 1e-2
@@ -115,7 +115,8 @@ class NystromPCG(IHVP):
     Exact limit: rank = n, in one step; otherwise as conjugate gradients.
 
     Trouble: negative eigenvalues of the sketch are cut, and flagged; so is a direction of negative
-    curvature, which ends the solve at the iterate before it and calls for a refresh. A residual
+    curvature, which ends the solve at the iterate before it, at the length that is best for the
+    residual, and calls for a refresh. A residual
     above ‖b‖ is answered by one cold solve with a new sketch.
 
     Cost: k/R + max_iter + 1 joint products a solve; k + 2·max_iter + 4 vectors; syncs.
@@ -170,6 +171,7 @@ class NystromPCG(IHVP):
             self.state["fresh_rate"] = rate  # what this spectrum allows with a sketch of this rank
         worn = rate > max(_SLOW, _WORN * self.state["fresh_rate"])
         self.state["age"] = self.refresh_every if worn or found.negative else age + 1
+        found = rescued(A, rhs, found)
         self.state["x"] = found.x
         found.negative = found.negative or indefinite
         return found.solution(A, rhs, self.tol or None, notes)
