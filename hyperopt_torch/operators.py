@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ._tensors import inner_product
+from ._tensors import inner_product, inner_products
 from .inner_gradient import InnerGradient
 
 __all__ = ["Damped", "Dense", "InnerGradient", "LinearOperator", "Shifted", "Summed"]
@@ -17,9 +17,9 @@ __all__ = ["Damped", "Dense", "InnerGradient", "LinearOperator", "Shifted", "Sum
 class LinearOperator(ABC):
     """A symmetric n×n matrix known by its products.
 
-    A strategy touches vectors by ``@``, elementwise arithmetic and :meth:`inner`, nothing else:
-    then it runs unchanged when vectors are sharded over processes, because only :meth:`inner`
-    reduces over n.
+    A strategy touches vectors by ``@``, elementwise arithmetic, :meth:`inner` and :meth:`inners`,
+    nothing else: then it runs unchanged when vectors are sharded over processes, because only
+    these two reduce over n.
 
     Attributes:
         shape, dtype, device: of the matrix.
@@ -63,8 +63,16 @@ class LinearOperator(ABC):
     def _joint(self, x: Tensor) -> tuple[Tensor, Tensor]: ...
 
     def inner(self, x: Tensor, y: Tensor) -> Tensor:
-        """xᵀy in float64: (n,), (n,) -> (); (n, j), (n, k) -> (j, k). The only reduction over n."""
+        """xᵀy in float64: (n,), (n,) -> (); (n, j), (n, k) -> (j, k)."""
         return inner_product(x, y)
+
+    def inners(self, X: Tensor, Y: Tensor) -> Tensor:
+        """XYᵀ for vectors that are rows: (j, n), (k, n) -> (j, k) in float64, by one pass over X.
+
+        Faster than :meth:`inner`, and to 1e-7 of ‖x‖‖y‖ only in float32, where entries must lie
+        well above 1e-19.
+        """
+        return inner_products(X, Y)
 
     def basis(self, index: Sequence[int]) -> Tensor:
         """(n, k) unit vectors E_K for the global indices K."""
@@ -118,6 +126,9 @@ class Wrapping(LinearOperator):
 
     def inner(self, x: Tensor, y: Tensor) -> Tensor:
         return self.operator.inner(x, y)
+
+    def inners(self, X: Tensor, Y: Tensor) -> Tensor:
+        return self.operator.inners(X, Y)
 
     def basis(self, index: Sequence[int]) -> Tensor:
         return self.operator.basis(index)

@@ -5,9 +5,10 @@ import torch
 from problems import spd, tensor
 
 from hyperopt_torch import BilevelOptimizer, ConjugateGradient
-from hyperopt_torch.ihvp._recycling import RecycledPairs
+from hyperopt_torch.ihvp._descent import begin, descend
+from hyperopt_torch.ihvp._recycling import RecycledPairs, _factor
 from hyperopt_torch.ihvp.recycled_cg import RecycledCG
-from hyperopt_torch.operators import Dense
+from hyperopt_torch.operators import Damped, Dense
 
 
 def error(x, H, b, rho=0.0):
@@ -111,10 +112,79 @@ def test_window_forgets_the_oldest():
     Q = torch.linalg.qr(torch.randn(20, 5, dtype=torch.float64))[0]
     for q in Q.unbind(1):
         pairs.learn(H, [(q, H @ q)])
-    kept = pairs.state["pairs"][:3]
-    torch.testing.assert_close(kept[[2, 0, 1]], Q[:, 2:].mT)
-    G = torch.cat([kept, pairs.state["pairs"][3:]])
-    torch.testing.assert_close(pairs.state["gram"], G @ G.mT)
+    R = pairs.ring(Q[:, 0])
+    torch.testing.assert_close(R[[4, 0, 2]], Q[:, 2:].mT)
+    torch.testing.assert_close(pairs.gram, R @ R.mT)
+
+
+def two_loop(pairs, rho, r):
+    """The same preconditioner as Nocedal & Wright write it, around U(Λ + ρ)⁻¹Uᵀ formed whole."""
+    R, slots = pairs.state["rows"], pairs.alive()
+    Q = R[[2 * i for i in slots]].mT
+    HQ = pairs.unit * R[[2 * i + 1 for i in slots]].mT
+    factor = _factor(Q.mT @ Q, Q.mT @ HQ, HQ.mT @ HQ)
+    F, lam = factor
+    U = HQ @ F / lam.sqrt()
+    alphas, newest = [], list(range(len(slots)))[-pairs.corrections :]
+    for i in reversed(newest):
+        y = HQ[:, i] + rho * Q[:, i]
+        alphas.append(Q[:, i] @ r / (Q[:, i] @ y))
+        r = r - alphas[-1] * y
+    d = U @ ((U.mT @ r) / (lam + rho)) + (r - U @ (U.mT @ r)) / (lam.min() + rho)
+    for i, alpha in zip(newest, reversed(alphas), strict=True):
+        y = HQ[:, i] + rho * Q[:, i]
+        d = d + (alpha - y @ d / (Q[:, i] @ y)) * Q[:, i]
+    return d
+
+
+@pytest.mark.parametrize("corrections", [1, 4, 10])
+def test_coordinates_are_the_two_loop_recursion(corrections):
+    """Pairs of drifting systems: QᵀHQ is not symmetric, and QᵀY not triangular."""
+    pairs, rho = RecycledPairs(8, corrections), 0.03
+    for H, b in drifting(12, 1e-3):
+        q = torch.randn(len(b), dtype=b.dtype)
+        q /= q.norm()
+        pairs.learn(Dense(H), [(q, H @ q)])
+    r = torch.randn(len(b), dtype=b.dtype)
+    found = pairs.prepare(Dense(H), rho)(r)
+    torch.testing.assert_close(found, two_loop(pairs, rho, r), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("window", [3, 20])
+def test_iterates_in_coordinates_are_those_of_vectors(window):
+    """`descend` orthogonalises vector by vector, with the same pairs as its preconditioner."""
+    recycled = RecycledCG(window, damping=0.01)
+    pairs, x = RecycledPairs(window), None
+    for H, b in drifting(40, 1e-3):
+        mine, A = recycled.solve(Dense(H), b), Damped(Dense(H), 0.01)
+        start = begin(A, b, x)
+        steps, tol = (60, 0.03) if x is None else (2, 0.0)
+        found = descend(A, start, pairs.prepare(Dense(H), 0.01), steps, tol)
+        pairs.learn(Dense(H), [(p.q, p.Aq - 0.01 * p.q) for p in found.pairs])
+        x = found.x
+        torch.testing.assert_close(mine.x, x, rtol=1e-7, atol=1e-7)
+        assert float(mine.residual) == pytest.approx(found.residual, rel=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-10, 1e10])
+def test_no_scale_underflows_in_float32(scale):
+    one, other = RecycledCG(damping=0.0), RecycledCG(damping=0.0)
+    for H, b in drifting(5, 1e-3):
+        H, b = H.float(), b.float()
+        expected = one.solve(Dense(H), b)
+        found = other.solve(Dense(H * scale), b)
+        gap = found.x.double() * scale - expected.x.double()
+        assert float(gap.norm()) < 1e-3 * float(expected.x.norm())
+        assert float(found.residual) == pytest.approx(float(expected.residual), rel=1e-2)
+
+
+def test_the_residual_is_true_below_the_rounding_of_the_gram_matrix():
+    """Coordinates alone would lose it below the root of the precision; it is measured anew."""
+    H, b = spd(40, 10.0), torch.randn(40, dtype=torch.float64)
+    found = RecycledCG(tol=1e-11, damping=0.0).solve(Dense(H), b)
+    true = (b - H @ found.x).norm() / b.norm()
+    assert true < 1e-11
+    assert float(found.residual) == pytest.approx(float(true), abs=1e-14)
 
 
 @pytest.mark.parametrize("first", [True, False])

@@ -44,6 +44,9 @@ class Moving(LinearOperator):
     def inner(self, x: Tensor, y: Tensor) -> Tensor:
         return self.operator.inner(x, y)
 
+    def inners(self, X: Tensor, Y: Tensor) -> Tensor:
+        return self.operator.inners(X, Y)
+
 
 def hook_zeros(parameters: Sequence[Tensor]) -> dict[int, Tensor]:
     """Where the gradients of parameters with hooks are zero, by their number.

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from .._tensors import wide_dtype
 from ..operators import LinearOperator
 from .base import Solution
 
-_FLAT = 1e-10  # curvature qᵀAq below this, relative to ‖Aq‖ at ‖q‖ = 1, is not positive
+FLAT = 1e-10  # curvature qᵀAq below this, relative to ‖Aq‖ at ‖q‖ = 1, is not positive
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Descent:
     r: Tensor
     norm: float  # ‖r‖
     rhs_norm: float  # ‖b‖
+    curvature: float = 0.0  # xᵀAx
     pairs: list[Pair] = field(default_factory=list)
     steps: int = 0  # without the warm start
     negative: bool = False
@@ -40,27 +42,30 @@ class Descent:
     def residual(self) -> float:
         return self.norm / self.rhs_norm if self.rhs_norm > 0 else 0.0
 
-    def energy(self, A: LinearOperator, b: Tensor) -> float:
-        """½xᵀAx - bᵀx, which conjugate directions lower at every step; 0 at x = 0."""
-        return -0.5 * float(A.inner(self.x, b + self.r))
+    @property
+    def energy(self) -> float:
+        """½xᵀAx - bᵀx along conjugate directions, lower at every step; 0 at x = 0."""
+        return -0.5 * self.curvature
 
-    def rayleigh(self, A: LinearOperator, b: Tensor) -> float:
-        """xᵀAx / xᵀx; 0 for x = 0."""
+    def rayleigh(self, A: LinearOperator) -> float:
+        """xᵀAx / xᵀx; 0 for x = 0. A sync."""
         size = float(A.inner(self.x, self.x))
-        return float(A.inner(self.x, b - self.r)) / size if size > 0 else 0.0
+        return self.curvature / size if size > 0 else 0.0
 
     def solution(
-        self, A: LinearOperator, b: Tensor, tol: float | None, notes: tuple[str, ...] = ()
+        self, tol: float | None, notes: tuple[str, ...] = (), damping: float | None = None
     ) -> Solution:
         """The result as a strategy returns it; ``tol`` is what it promised, if anything."""
+        known = self.x.new_tensor((self.residual, self.curvature), dtype=wide_dtype(self.x))
         return Solution(
             self.x,
             cross=self.cross,
-            residual=torch.tensor(self.residual, dtype=torch.float64, device=self.x.device),
+            residual=known[0],
             negative_curvature=self.negative,
             converged=None if tol is None else self.residual <= tol,
-            curvature=A.inner(self.x, b - self.r),
+            curvature=known[1],
             notes=notes,
+            damping=damping,
         )
 
 
@@ -77,12 +82,13 @@ def begin(A: LinearOperator, b: Tensor, guess: Tensor | None = None) -> Descent:
     q = guess / size
     Aq, Jq = A.joint(q)
     curvature, along = float(A.inner(q, Aq)), float(A.inner(q, b))
-    if not curvature > _FLAT * float(A.inner(Aq, Aq).sqrt()):
+    if not curvature > FLAT * float(A.inner(Aq, Aq).sqrt()):
         return cold
     a = along / curvature
     r = b - a * Aq
     norm = float(A.inner(r, r).sqrt())
-    return Descent(a * q, a * Jq, r, norm, rhs_norm, [Pair(q, Aq, curvature)])
+    pairs = [Pair(q, Aq, curvature)]
+    return Descent(a * q, a * Jq, r, norm, rhs_norm, a * a * curvature, pairs)
 
 
 def descend(
@@ -114,7 +120,7 @@ def descend(
         q = d / size
         Aq, Jq = A.joint(q)
         curvature = float(A.inner(q, Aq))
-        if not curvature > _FLAT * float(A.inner(Aq, Aq).sqrt()):
+        if not curvature > FLAT * float(A.inner(Aq, Aq).sqrt()):
             state.negative = curvature == curvature  # NaN is another trouble, and shows itself
             if not state.negative:
                 state.x, state.norm = state.x + Aq, float("nan")
@@ -129,6 +135,7 @@ def _advance(A: LinearOperator, state: Descent, pair: Pair, Jq: Tensor) -> None:
     state.r = torch.sub(state.r, pair.Aq, alpha=alpha)
     state.cross = alpha * Jq if state.cross is None else torch.add(state.cross, Jq, alpha=alpha)
     state.norm = float(A.inner(state.r, state.r).sqrt())
+    state.curvature += alpha * alpha * pair.curvature
     state.pairs.append(pair)
     state.steps += 1
 
@@ -149,21 +156,5 @@ def rescued(A: LinearOperator, b: Tensor, found: Descent) -> Descent:
     a = along / size if along > 0 and size > 0 else found.rhs_norm / size**0.5 if size > 0 else 1.0
     r = b - a * Ax
     norm = float(A.inner(r, r).sqrt())
-    return replace(found, x=a * x, cross=a * cross, r=r, norm=norm)
-
-
-def between(A: LinearOperator, start: Descent, end: Descent, weight: float) -> Descent:
-    """start + weight·(end - start), with all that belongs to it, at no product.
-
-    Over many solves, each warm from the last one, this is their exponential average.
-    """
-    assert start.cross is not None
-    assert end.cross is not None
-    r = torch.lerp(start.r, end.r, weight)
-    return replace(
-        end,
-        x=torch.lerp(start.x, end.x, weight),
-        cross=torch.lerp(start.cross, end.cross, weight),
-        r=r,
-        norm=float(A.inner(r, r).sqrt()),
-    )
+    curvature = a * a * float(A.inner(x, Ax))
+    return replace(found, x=a * x, cross=a * cross, r=r, norm=norm, curvature=curvature)

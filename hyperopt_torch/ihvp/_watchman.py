@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ..operators import LinearOperator
@@ -22,11 +23,11 @@ class Watched(LinearOperator):
     def __init__(self, operator: LinearOperator, rhs: Tensor) -> None:
         super().__init__(operator.shape[0], operator.dtype, operator.device)
         self.operator, self.approximate = operator, operator.approximate
-        self.poison = _poison(rhs)
+        self.poison = _poisoned(rhs.new_zeros(()), rhs)
 
     def _keep(self, product: Tensor) -> Tensor:
         if product.numel():
-            self.poison = self.poison + _poison(product)
+            self.poison = _poisoned(self.poison, product)
         return product
 
     def _product(self, x: Tensor) -> Tensor:
@@ -45,6 +46,9 @@ class Watched(LinearOperator):
     def inner(self, x: Tensor, y: Tensor) -> Tensor:
         return self.operator.inner(x, y)
 
+    def inners(self, X: Tensor, Y: Tensor) -> Tensor:
+        return self.operator.inners(X, Y)
+
     def basis(self, index: Sequence[int]) -> Tensor:
         return self.operator.basis(index)
 
@@ -55,6 +59,6 @@ class Watched(LinearOperator):
         return self.operator.place(y, index)
 
 
-def _poison(x: Tensor) -> Tensor:
-    """0, or NaN where x has an entry that is not finite."""
-    return (x * 0).sum()
+def _poisoned(poison: Tensor, x: Tensor) -> Tensor:
+    """``poison``, which is 0, or NaN where x has an entry that is not finite."""
+    return torch.add(poison, x.sum(), alpha=0)  # 0·inf is NaN

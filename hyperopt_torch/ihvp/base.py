@@ -85,6 +85,7 @@ class InnerStep:
 _SHAPING = (
     "window",
     "corrections",
+    "spare",
     "rank",
     "subspace_dim",
     "structure",
@@ -102,6 +103,7 @@ class Memory:
     """
 
     state: dict[str, Any]
+    state_of_its_own_size: tuple[str, ...] = ()  # names in it that are no vectors of θ's size
     _owner: weakref.ref[object] | None = None
 
     def __init__(self) -> None:
@@ -290,7 +292,12 @@ class IHVP(Memory, ABC):
 
     def _is_stale(self, rhs: Tensor) -> bool:
         memories: list[Memory] = [self, *self._parts().values()]
-        tensors = [v for m in memories for v in m.state.values() if isinstance(v, Tensor)]
+        tensors = [
+            v
+            for m in memories
+            for name, v in m.state.items()
+            if isinstance(v, Tensor) and name not in m.state_of_its_own_size
+        ]
         vectors = [v for v in tensors if v.ndim and v.is_floating_point() and len(rhs) in v.shape]
         like = (rhs.dtype, rhs.device)
         return any((v.dtype, v.device) != like for v in vectors if v.numel() >= len(rhs))

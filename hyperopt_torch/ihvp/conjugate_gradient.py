@@ -150,7 +150,7 @@ class ConjugateGradient(IHVP):
         found = rescued(A, rhs, found)
         if self.warm_start:
             self.state["x"] = found.x
-        return found.solution(A, rhs, self.tol or None)
+        return found.solution(self.tol or None)
 
     def _start(
         self, A: LinearOperator, rhs: Tensor, read: Callable[[Tensor], Any]

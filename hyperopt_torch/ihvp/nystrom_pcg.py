@@ -174,7 +174,7 @@ class NystromPCG(IHVP):
         found = rescued(A, rhs, found)
         self.state["x"] = found.x
         found.negative = found.negative or indefinite
-        return found.solution(A, rhs, self.tol or None, notes)
+        return found.solution(self.tol or None, notes)
 
 
 def _symmetric(M: Tensor) -> Tensor:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from torch import Tensor
 
 from ..errors import check_count, check_number
 from ..operators import Damped, LinearOperator
+from ._coordinates import RecycledDescent
 from ._damping import AUTO, SelfTunedDamping, check_damping
-from ._descent import begin, between, descend, rescued
+from ._descent import Descent, rescued
 from ._recycling import RecycledPairs
 from .base import IHVP, Solution
 
@@ -81,7 +80,8 @@ class RecycledCG(IHVP):
         self.max_iter = check_count("max_iter", max_iter)
         self.tol = None if tol is None else check_number("tol", tol, positive=True)
         self.damping = check_damping(damping)
-        self.pairs = RecycledPairs(window)
+        spare = 1 + (self.max_iter if self.tol is None else _MOST_STEPS)
+        self.pairs = RecycledPairs(window, spare=spare)
         if self.damping == AUTO:
             self._tuned = SelfTunedDamping()
 
@@ -91,32 +91,40 @@ class RecycledCG(IHVP):
     def solve(self, operator: LinearOperator, rhs: Tensor) -> Solution:
         tuned = self._tuned if self.damping == AUTO else None
         rho = tuned.choose(operator, rhs, self.pairs.largest()) if tuned else self.damping
-        A = Damped(operator, rho)
         first = not self.state
         steps = _FIRST_STEPS if first else self.max_iter if self.tol is None else _MOST_STEPS
         tol = (_FIRST_TOL if first else 0.0) if self.tol is None else self.tol
 
-        start = begin(A, rhs, self.state.get("x"))
-        found = descend(A, start, self.pairs.prepare(operator, rho), steps, tol)
-        self.pairs.learn(operator, [(p.q, p.Aq - rho * p.q) for p in found.pairs])
-        found = rescued(A, rhs, found)
+        run = RecycledDescent(operator, self.pairs, rho, rhs)
+        run.begin(self.state.get("x"))
+        run.descend(steps, tol)
+        akin = run.start > _AKIN * run.curvature and not run.negative
+        if tuned and tuned.noisy and akin and self.tol is None:
+            run.average(_WEIGHT)
+        found = rescued(Damped(operator, rho), rhs, run.result())
 
-        if tuned and found.rhs_norm:  # b = 0 says nothing
-            noisy, end = tuned.noisy, found.rayleigh(A, rhs) - rho  # the curvature of H along x
-            if not first:
-                new = start.pairs[0].curvature - rho if start.pairs else 0.0
-                agreement = _agreement(self.state["curvature"], new)
-                tuned.learn(agreement, found.negative or end < -_HELD_UP * rho)
-            akin = start.energy(A, rhs) < _AKIN * found.energy(A, rhs) and not found.negative
-            if noisy and akin and self.tol is None:
-                found = between(A, start, found, _WEIGHT)
-                end = found.rayleigh(A, rhs) - rho
-            self.state["curvature"] = end
-            tuned.look(operator, found.x, rhs - found.r - rho * found.x)
-        if found.rhs_norm:
+        if found.rhs_norm:  # b = 0 says nothing
+            if tuned:
+                self._tune(tuned, operator, rhs, rho, run.start_rayleigh, found)
             self.state["x"] = found.x
-        solution = found.solution(A, rhs, self.tol)
-        return replace(solution, damping=rho) if tuned else solution
+        return found.solution(self.tol, damping=rho if tuned else None)
+
+    def _tune(
+        self,
+        tuned: SelfTunedDamping,
+        operator: LinearOperator,
+        rhs: Tensor,
+        rho: float,
+        new: float,
+        found: Descent,
+    ) -> None:
+        """Learns from the curvature of H along the last solution, ``new``, and along this one."""
+        end = found.rayleigh(operator) - rho
+        if "curvature" in self.state:
+            agreement = _agreement(self.state["curvature"], new - rho if new else 0.0)
+            tuned.learn(agreement, found.negative or end < -_HELD_UP * rho)
+        self.state["curvature"] = end
+        tuned.look(operator, found.x, rhs - found.r - rho * found.x)
 
 
 def _agreement(a: float, b: float) -> float:
