@@ -570,11 +570,8 @@ class BilevelOptimizer:
         None where a parameter is frozen or has no influence. The graph of ``val_loss`` survives,
         and so does the memory of the strategy; :attr:`report` is that of this query.
         """
-        memory = self.estimator.state_dict()
-        try:
+        with self.estimator.on_loan():
             pairs = self._estimate(val_loss, train_loss, averaged, keep_outer_graph=True)
-        finally:
-            self.estimator.load_state_dict(memory)
         found = {id(p): g for p, g in pairs}
         return tuple(found.get(id(p)) for p in parameters_of(self.outer))
 

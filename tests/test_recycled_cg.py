@@ -267,3 +267,25 @@ def test_zero_right_hand_side():
         found = solver.solve(Dense(torch.eye(3)), torch.zeros(3))
         assert found.x.equal(torch.zeros(3))
         assert found.residual == 0
+
+
+@pytest.mark.parametrize("solves", [0, 1, 7])
+@pytest.mark.parametrize("new_problem", [False, True])
+def test_a_loan_leaves_every_bit_of_the_memory(solves, new_problem):
+    solver = RecycledCG(3)
+    systems = [(Dense(H), b) for H, b in drifting(solves + 1, 1e-2)]
+    for H, b in systems[:-1]:
+        solver.solve(H, b)
+    if new_problem:
+        solver.begin()  # drops the solution: the next solve is long, and overwrites every slot
+    before = solver.state_dict()
+    with solver.on_loan():
+        solver.solve(*systems[-1])
+        assert str(solver.state_dict()) != str(before)
+        solver.solve(*systems[-1])
+    after = solver.state_dict()
+    assert str(after) == str(before)
+    for key, value in before["parts"]["pairs"]["state"].items():
+        assert torch.equal(
+            torch.as_tensor(value), torch.as_tensor(after["parts"]["pairs"]["state"][key])
+        )

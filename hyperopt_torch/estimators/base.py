@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -284,6 +284,15 @@ class HypergradientEstimator(ABC):
 
     def reset(self) -> None:
         """Forgets everything learned so far: for a new inner problem."""
+
+    @contextmanager
+    def on_loan(self) -> Iterator[None]:
+        """Whatever becomes of the memory within is undone at the end."""
+        memory = self.state_dict()
+        try:
+            yield
+        finally:
+            self.load_state_dict(memory)
 
     def state_dict(self) -> dict[str, Any]:
         """The memory of the estimator; loads with ``torch.load(..., weights_only=True)``."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -210,6 +211,15 @@ class ImplicitDifferentiation(HypergradientEstimator):
     def reset(self) -> None:
         self.ihvp.reset()
         self._theta = None
+
+    @contextmanager
+    def on_loan(self) -> Iterator[None]:
+        theta = self._theta  # replaced by an estimate, never written into
+        try:
+            with self.ihvp.on_loan():
+                yield
+        finally:
+            self._theta = theta
 
     def state_dict(self) -> dict[str, Any]:
         theta = None if self._theta is None else self._theta.clone()

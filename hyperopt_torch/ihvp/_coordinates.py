@@ -60,11 +60,13 @@ class RecycledDescent:
         if not 0 < bb < math.inf:
             self._measured = 0.0
             return
+        slot = self._pairs.next_slot
+        self._pairs.overwrite(slot, slot + 1, self._pairs.slots)  # see _enter for the second
         torch.mul(b, 1 / self.rhs_norm, out=self._R[last])
         if not (usable and 0 < gg < math.inf):
             self._pairs.measure(A, self._residual_row)
         else:
-            torch.mul(g, gg**-0.5, out=self._R[2 * self._pairs.next_slot])
+            torch.mul(g, gg**-0.5, out=self._R[2 * slot])
             if self._enter(warm=True):
                 self.start, self.steps = self.curvature, 0
         self._measured = self._rr
@@ -152,6 +154,7 @@ class RecycledDescent:
         if slot in self._in_use:  # longer than the spare slots last: on without the preconditioner
             self._gamma, self._M, self._in_use = 1.0, torch.zeros_like(self._M), set()
         self._own = [(s, k) for s, k in self._own if s != slot]
+        self._pairs.overwrite(slot)
         return slot
 
     def _lengths(self) -> Tensor:

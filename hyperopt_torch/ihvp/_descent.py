@@ -56,14 +56,14 @@ class Descent:
         self, tol: float | None, notes: tuple[str, ...] = (), damping: float | None = None
     ) -> Solution:
         """The result as a strategy returns it; ``tol`` is what it promised, if anything."""
-        known = self.x.new_tensor((self.residual, self.curvature), dtype=wide_dtype(self.x))
+        wide = wide_dtype(self.x)
         return Solution(
             self.x,
             cross=self.cross,
-            residual=known[0],
+            residual=self.x.new_tensor(self.residual, dtype=wide),
             negative_curvature=self.negative,
             converged=None if tol is None else self.residual <= tol,
-            curvature=known[1],
+            curvature=self.x.new_tensor(self.curvature, dtype=wide),
             notes=notes,
             damping=damping,
         )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -48,6 +49,8 @@ class RecycledPairs(Preconditioner):
         self.window = check_count("window", window)
         self.corrections = check_count("corrections", corrections, minimum=0)
         self.spare = check_count("spare", spare, minimum=0)
+
+    _lent: tuple[Tensor, dict[int, Tensor]] | None = None  # R, and its slots as they were
 
     @property
     def slots(self) -> int:
@@ -99,6 +102,30 @@ class RecycledPairs(Preconditioner):
             self.state["unit"] = 2.0 ** round(math.log2(norm)) if known else 1.0
         return self.unit
 
+    def overwrite(self, *slots: int) -> None:
+        """Called before these slots are written to; slot ``slots`` is the residual's row."""
+        if self._lent is not None and self._lent[0] is self.state["rows"]:
+            R, kept = self._lent
+            for slot in slots:
+                kept.setdefault(slot, R[2 * slot : 2 * slot + 2].clone())
+
+    @contextmanager
+    def on_loan(self) -> Iterator[None]:
+        kept = self.state
+        if "rows" in kept:  # of which only what is written to is copied
+            self.state = {**kept, "gram": kept["gram"].clone()}
+            self._lent = kept["rows"], {}
+        else:
+            self.state = dict(kept)
+        try:
+            yield
+        finally:
+            if self._lent is not None:
+                R, old = self._lent
+                for slot, rows in old.items():
+                    R[2 * slot : 2 * slot + 2] = rows
+            self.state, self._lent = kept, None
+
     def measure(self, operator: LinearOperator, rows: slice) -> None:
         """Takes these rows of G anew: by one pass over R, and one sync."""
         R, G = self.state["rows"], self.gram
@@ -121,7 +148,8 @@ class RecycledPairs(Preconditioner):
         touched = []
         for q, Hq in pairs:
             row = 2 * self.next_slot
-            torch.mul(q, 1.0, out=R[row])
+            self.overwrite(self.next_slot)
+            R[row] = q
             torch.mul(Hq, 1 / unit, out=R[row + 1])
             touched += [row, row + 1]
             self.state["count"] += 1

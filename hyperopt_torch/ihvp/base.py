@@ -6,7 +6,8 @@ import copy
 import gc
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -121,6 +122,18 @@ class Memory:
         self.state = self.initial_state()
         for part in self._parts().values():
             part.reset()
+
+    @contextmanager
+    def on_loan(self) -> Iterator[None]:
+        """Whatever becomes of the memory within is undone at the end."""
+        kept, self.state = self.state, _cloned(self.state)
+        try:
+            with ExitStack() as parts:
+                for part in self._parts().values():
+                    parts.enter_context(part.on_loan())
+                yield
+        finally:
+            self.state = kept
 
     def begin(self) -> None:
         """Takes note that a new inner problem like the last one begins, as a new task does."""
