@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -80,7 +81,7 @@ class Network:
 
     def __init__(self, widths: tuple[int, ...], batch: int, act: type[nn.Module]) -> None:
         layers: list[nn.Module] = []
-        for a, b in zip(widths[:-1], widths[1:], strict=True):
+        for a, b in itertools.pairwise(widths):
             layers += [nn.Linear(a, b), act()]
         self.model, self.x = nn.Sequential(*layers[:-1]), torch.randn(2, batch, widths[0])
         self.y = torch.randint(widths[-1], (2, batch))

@@ -73,6 +73,16 @@ def trainable(tensors: Iterable[Tensor]) -> list[Tensor]:
     return list({id(t): t for t in tensors if t.requires_grad}.values())
 
 
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether it is one of torch.func's, which have no entries of their own."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
+def is_at_hand(tensor: Tensor) -> bool:
+    """Whether its entries can be read without waiting for a device."""
+    return tensor.device.type == "cpu" and not is_wrapped(tensor)
+
+
 def wide_dtype(x: Tensor) -> torch.dtype:
     """The dtype to sum in: float64 wherever the device has it."""
     return torch.float32 if x.device.type == "mps" else torch.float64

@@ -613,6 +613,7 @@ class BilevelOptimizer:
             scale=self._scale(),
             hook_zeros=self._hook_zeros,
             self_check=self.self_check,
+            reader=self._recorder.reader,
         )
         parameters = [*problem.inner_parameters, *problem.outer_parameters]
         with settled(), torch.enable_grad(), without_parameter_hooks(parameters):

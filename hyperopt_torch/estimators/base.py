@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from .._graph import check_differentiable, explained
 from .._tensors import dense, trainable
 from ..inner_optimizer import Facts, Prober, learned, parameters_of
-from ..recording import OUTSIDE, Evaluation, InnerObjective, Record, World
+from ..recording import OUTSIDE, Evaluation, InnerObjective, Record, StreamReader, World
 from ..report import SolveReport
 
 
@@ -34,6 +34,7 @@ class BilevelProblem:
         hook_zeros: where hooks on inner parameters left no gradient in the last step, by number.
         untouched: whether ``.grad`` is known to be as the backward pass left it.
         self_check: whether to hold the first products against differences of gradients.
+        reader: of the random streams, where there is one that knows where they stand.
     """
 
     inner: Sequence[Optimizer]
@@ -45,6 +46,7 @@ class BilevelProblem:
     hook_zeros: Mapping[int, Tensor] = field(default_factory=dict)
     untouched: bool = False
     self_check: bool = False
+    reader: StreamReader | None = None
 
     def __post_init__(self) -> None:
         self.inner_parameters = trainable(p for o in self.inner for p in parameters_of(o))
@@ -107,7 +109,7 @@ class BilevelProblem:
         split = len(inner)
         # Activation checkpoints run modules again.
         with (
-            World([], inner[0].device),
+            World([], inner[0].device, self.reader),
             explained(
                 freed="The graph of the validation loss was freed by an earlier call: compute the "
                 "validation loss anew for every outer_step.",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._tensors import wide_dtype
+from .._tensors import is_at_hand, wide_dtype
 from ..errors import check_count, check_number
 from ..operators import Damped, LinearOperator
 from ._descent import begin, descend, rescued
@@ -23,8 +23,8 @@ class ConjugateGradient(IHVP):
 
     Args:
         max_iter: steps, >= 1.
-        tol: stop when ‖r‖ <= tol·‖b‖, >= 0. Looking costs two syncs a step; with 0 all steps are
-            done, nothing waits for the device, and the strategy runs under ``torch.func.vmap``.
+        tol: stop when ‖r‖ <= tol·‖b‖, >= 0. Looking costs two syncs a step; with 0 nothing waits
+            for the device, which does all steps, and the strategy runs under ``torch.func.vmap``.
         damping: ρ >= 0.
         preconditioner: P ≈ H + ρI, such as ``NystromSketch(20)``, ``RecycledPairs()`` or an
             ``NHGD(...)`` that watches the inner steps. Directions are then fully orthogonalised:
@@ -83,9 +83,11 @@ class ConjugateGradient(IHVP):
         if self.preconditioner is not None:
             return self._preconditioned(operator, rhs, self.preconditioner)
         A = Damped(operator, self.damping)
-        # With a tolerance every decision is read from the device anyway, so all scalars are: plain
-        # floats and `if`. Without one they stay tensors, and `_select` is a mask. One algorithm.
-        read: Callable[[Tensor], Any] = float if self.tol > 0 else _keep
+        # With a tolerance every decision is read from the device anyway, and on the CPU reading is
+        # free: then scalars are plain floats, and decisions `if`. Without one on an accelerator
+        # they stay tensors, and `_select` is a mask. One algorithm.
+        reads = self.tol > 0 or is_at_hand(rhs)
+        read: Callable[[Tensor], Any] = float if reads else _keep
         eps = torch.finfo(rhs.dtype).eps
         bb = read(A.inner(rhs, rhs))
         stop = max(self.tol, eps) ** 2 * bb
@@ -96,7 +98,7 @@ class ConjugateGradient(IHVP):
         p, pp, steepest = r, rr, 0.0
         active, negative = rr > stop, rr < 0
         for step in range(self.max_iter):
-            if self.tol > 0 and not active:
+            if reads and not active:
                 break
             Ap, Jp = A.joint(p)
             pAp = read(A.inner(p, Ap))

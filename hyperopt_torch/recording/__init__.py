@@ -8,7 +8,7 @@ from .objective import InnerObjective, weights
 from .restore import Restoring, settled
 from .rows import sample_rows
 from .step import Record, Recorder, State, copied, settings_now
-from .streams import Streams, shared
+from .streams import StreamReader, Streams, shared
 
 __all__ = [
     "OUTSIDE",
@@ -20,6 +20,7 @@ __all__ = [
     "Recorder",
     "Restoring",
     "State",
+    "StreamReader",
     "Streams",
     "TrainLoss",
     "World",

@@ -103,10 +103,17 @@ class World:
     Args:
         records: what will be evaluated; none for closures in the world as it is.
         device: whose random stream is kept.
+        reader: of the random streams; None: that of the records, or a new one.
     """
 
-    def __init__(self, records: Sequence[Record], device: torch.device) -> None:
-        self._modules, self._reader = _earliest(records), StreamReader(device)
+    def __init__(
+        self,
+        records: Sequence[Record],
+        device: torch.device,
+        reader: StreamReader | None = None,
+    ) -> None:
+        self._modules = _earliest(records)
+        self._reader = reader or (records[0].reader if records else StreamReader(device))
         self._lender = BufferLender()
         self._present = Restoring()
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._tensors import is_wrapped
+
 _SAMPLE = 1024  # entries looked at of each tensor
 _APART = 0.5  # of the spread: what enters may move with θ (an attack, say), but no further
 _OTHER = 0.05  # of the entries that are whole numbers (tokens, labels)
@@ -37,7 +39,7 @@ def entrants(arguments: Any) -> Iterator[Entrant]:
     What requires a gradient was computed from parameters and moves with them.
     """
     for tensor in _tensors(arguments):
-        if not tensor.requires_grad and tensor.layout is torch.strided and not _wrapped(tensor):
+        if not tensor.requires_grad and tensor.layout is torch.strided and not is_wrapped(tensor):
             yield Entrant(tensor)
 
 
@@ -89,11 +91,6 @@ def _sample(tensor: Tensor) -> Tensor:
     while step > 1 and math.gcd(step, len(flat)) > 1 and step < len(flat):
         step += 1
     return flat[::step]
-
-
-def _wrapped(tensor: Tensor) -> bool:
-    """Whether it is one of torch.func's, which have no entries of their own."""
-    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -71,13 +71,14 @@ class StreamReader:
         return Streams(cpu, device, self._read_python(), self._read_numpy())
 
     def put(self, streams: Streams) -> None:
-        """Takes the streams to where they stood."""
+        """Takes the streams to where they stood; nothing to do for those that stand there."""
         torch.set_rng_state(streams.cpu)
         if streams.device is not None and self._device is not None:
             getattr(torch, self._device.type).set_rng_state(streams.device, self._device)
-        random.setstate(streams.python)
-        self._python = None
-        if streams.numpy is not None:
+        if self._read_python() != streams.python:
+            random.setstate(streams.python)
+            self._python = None
+        if streams.numpy is not None and self._read_numpy() is not streams.numpy:
             sys.modules["numpy"].random.set_state(streams.numpy)
             self._numpy = None
 
