@@ -45,7 +45,7 @@ from hyperopt_torch import (
 )
 from hyperopt_torch.estimators import BilevelProblem
 from hyperopt_torch.operators import InnerGradient
-from hyperopt_torch.recording import evaluate
+from hyperopt_torch.recording import InnerObjective, evaluate
 
 from ._bilevel_runs import Cleaning, Setting
 
@@ -58,8 +58,8 @@ def strategies(setting: Setting) -> dict[str, IHVP]:
     least = rho or setting.penalty  # for those that need a damping
     nystrom = {"rank": 10, "damping": least}
     return {
-        "Identity": Identity(),
-        "Identity rescaled": Identity(rescale=True),
+        "Identity": Identity(1.0),
+        "Identity rescaled": Identity(),
         "Nystrom columns 10": Nystrom(**nystrom),
         "Nystrom gaussian 10": Nystrom(**nystrom, sketch="gaussian"),
         "Nystrom columns 10 rescaled": Nystrom(**nystrom, rescale=True),
@@ -96,6 +96,13 @@ def visit(setting: Setting, seed: int, outer_steps: int) -> dict[str, list[Row]]
         torch.optim.SGD(exact_run.model.parameters(), lr=1.0),
         torch.optim.SGD([exact_run.weights], lr=1.0),
     )
+
+    def problem_of(
+        levels: tuple[torch.optim.Optimizer, torch.optim.Optimizer], of: Cleaning
+    ) -> BilevelProblem:
+        objective = InnerObjective.given(of.train_loss, of.x.device)
+        return BilevelProblem([levels[0]], levels[1], objective)
+
     exact = oracle(setting)
     estimators = {
         name: ImplicitDifferentiation(ihvp, setting.curvature())
@@ -105,7 +112,7 @@ def visit(setting: Setting, seed: int, outer_steps: int) -> dict[str, list[Row]]
     last = None
 
     def train(steps: int) -> None:
-        problem = BilevelProblem(inner, outer, run.train_loss)
+        problem = problem_of((inner, outer), run)
         watching = [e for e in estimators.values() if e.observes]
         for _ in range(steps):
             inner.zero_grad()
@@ -114,19 +121,19 @@ def visit(setting: Setting, seed: int, outer_steps: int) -> dict[str, list[Row]]
                 estimator.before_backward(problem, evaluation)
             evaluation.loss.backward(inputs=problem.inner_parameters)
             for estimator in watching:
-                estimator.observe(problem)
+                estimator.observe(problem, [])
             inner.step()
 
     train(15 * setting.inner_steps)
     for _ in tqdm(range(outer_steps), desc=f"{setting.name}, seed {seed}", leave=False):
         exact_run.copy_from(run)
-        problem = BilevelProblem(*exact_levels, exact_run.train_loss)
+        problem = problem_of(exact_levels, exact_run)
         target = exact.estimate(problem, exact_run.val_loss())[0]
         assert target is not None
         if last is not None:
             rows["last step's v"].append(compare(last, target, products=0))
         last = target
-        problem = BilevelProblem(inner, outer, run.train_loss)
+        problem = problem_of((inner, outer), run)
         if setting.batch:
             found = on_a_batch(run, problem, estimators)
         else:

@@ -39,7 +39,7 @@ def test_products_of_one_hypergradient(case: Case, monkeypatch):
 def test_chunked_nystrom_is_linear_in_rank(chunk_size):
     for rank in (5, 10, 20):
         H = Dense(spd(30, 100.0))
-        Nystrom(rank, chunk_size=chunk_size).solve(H, torch.ones(30, dtype=torch.float64))
+        Nystrom(rank, 0.01, chunk_size=chunk_size).solve(H, torch.ones(30, dtype=torch.float64))
         assert H.matvecs == 2 * rank + 2
 
 

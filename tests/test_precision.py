@@ -18,6 +18,7 @@ from torch.optim import SGD, Adam
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hyperopt_torch import BilevelOptimizer, ConjugateGradient, DenseSolve, Identity, Nystrom
+from hyperopt_torch.ihvp import conjugate_gradient
 
 SYNC_FREE = [case for case in STRATEGIES if case.sync_free]
 RHO = 0.5
@@ -472,7 +473,11 @@ class NoSync(TorchDispatchMode):
 
 
 def forbid_reading(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The Python side of the same: also what is no operation, such as tolist and cpu."""
+    """The Python side of the same: also what is no operation, such as tolist and cpu.
+
+    Tensors on the CPU are at hand, and a strategy may read them; here they stand for a device's.
+    """
+    monkeypatch.setattr(conjugate_gradient, "is_at_hand", lambda tensor: False)
 
     def refuse(*args, **kwargs):
         raise Synced

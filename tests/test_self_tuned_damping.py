@@ -11,9 +11,17 @@ from torch import nn
 from hyperopt_torch import (
     AutomaticCurvature,
     BilevelOptimizer,
+    ConjugateGradient,
+    DenseSolve,
     GaussNewton,
     Hessian,
+    Identity,
+    LancBiO,
+    Neumann,
+    Nystrom,
+    NystromPCG,
     RecycledCG,
+    RecycledPairs,
 )
 from hyperopt_torch.estimators._moving import Moving
 from hyperopt_torch.ihvp._watchman import Watched
@@ -28,6 +36,45 @@ def test_the_answer_does_not_depend_on_the_scale_of_the_loss(scale):
     for H, b in drifting(15, 1e-3):
         expected = one.solve(Dense(H, J), b).cross
         torch.testing.assert_close(other.solve(Dense(scale * H, scale * J), b).cross, expected)
+
+
+RELATIVE = [
+    lambda: ConjugateGradient(15, tol=1e-10, damping="auto"),
+    lambda: ConjugateGradient(4, damping="auto", preconditioner=RecycledPairs(8)),
+    lambda: NystromPCG(8, damping="auto"),
+    lambda: Neumann(20, damping="auto"),
+    lambda: LancBiO(5, damping="auto"),
+    lambda: DenseSolve("auto"),
+    lambda: Nystrom(8),
+    lambda: Nystrom(8, sketch="gaussian", chunk_size=3),
+    lambda: Identity(),
+]
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e4])
+@pytest.mark.parametrize("make", RELATIVE, ids=lambda make: str(make()).split(", generator")[0])
+def test_relative_damping_follows_the_scale_of_the_loss_everywhere(make, scale):
+    one, other = make(), make()
+    for H, b in drifting(4, 1e-3):
+        expected, found = one.solution(Dense(H), b), other.solution(Dense(scale * H), b)
+        torch.testing.assert_close(scale * found.x, expected.x, rtol=1e-4, atol=1e-7)
+    if expected.damping is not None:
+        assert 0 < float(expected.damping) < 0.02 * float(torch.linalg.matrix_norm(H, 2))
+        assert float(found.damping) == pytest.approx(scale * float(expected.damping), rel=1e-6)
+
+
+@pytest.mark.parametrize("make", RELATIVE[:1] + RELATIVE[2:3])
+def test_relative_damping_rises_at_negative_curvature_and_comes_back(make):
+    H, b = spd(30, 100.0), torch.randn(30, dtype=torch.float64)
+    solver, lam = make(), torch.linalg.eigvalsh(H)
+    before = float(solver.solution(Dense(H), b).damping)
+    shifted = H - 2 * lam[0] * torch.eye(30, dtype=H.dtype)
+    for _ in range(4):
+        solver.solution(Dense(shifted), b)
+    assert float(solver.solution(Dense(shifted), b).damping) > 2 * before
+    for _ in range(60):
+        after = float(solver.solution(Dense(H), b).damping)
+    assert after == pytest.approx(before, rel=0.05)
 
 
 def test_a_system_that_holds_still_is_solved_undamped():

@@ -174,9 +174,9 @@ class ImplicitDifferentiation(HypergradientEstimator):
         )
         return solution, cross
 
-    def _damping(self, solution: Solution) -> float:
+    def _damping(self, solution: Solution) -> Tensor | float:
         own = solution.damping
-        return float(self.ihvp.damping if own is None else own)
+        return float(self.ihvp.damping) if own is None else own
 
     def _report(
         self, solution: Solution, operator: LinearOperator, b: Tensor, gradient: Tensor

@@ -39,8 +39,8 @@ class RecycledDescent:
         self._R, self._G = pairs.ring(rhs), pairs.gram
         self._last = len(self._R) - 1  # the row of the residual
         self._residual_row = slice(self._last, self._last + 1)
-        self._gamma, self._M = pairs.coordinates(damping)
-        self._in_use = set(pairs.alive())
+        self._known = pairs.alive()  # the slots that precondition this solve
+        self._preconditioner: tuple[float, Tensor] | None = None  # γ, M, once a step is due
         self._own: list[tuple[int, float]] = []  # slots of this solve's pairs, their curvatures
         self._y = torch.zeros_like(rhs)
         self._cross: Tensor | None = None
@@ -151,8 +151,8 @@ class RecycledDescent:
     def _free_slot(self) -> int:
         """The slot to fill next, out of the way of all that uses its old pair."""
         slot = self._pairs.next_slot
-        if slot in self._in_use:  # longer than the spare slots last: on without the preconditioner
-            self._gamma, self._M, self._in_use = 1.0, torch.zeros_like(self._M), set()
+        if slot in self._known:  # longer than the spare slots last: on without the preconditioner
+            self._known, self._preconditioner = [], None
         self._own = [(s, k) for s, k in self._own if s != slot]
         self._pairs.overwrite(slot)
         return slot
@@ -163,8 +163,11 @@ class RecycledDescent:
     def _direction(self) -> Tensor:
         """Coordinates of P⁻¹r, made conjugate to this solve's directions."""
         G, last = self._G, self._last
-        c = self._M @ G[last]
-        c[last] += self._gamma
+        if self._preconditioner is None:
+            self._preconditioner = self._pairs.coordinates(self._damping, self._known)
+        gamma, M = self._preconditioner
+        c = M @ G[last]
+        c[last] += gamma
         if self._own:
             q = 2 * torch.tensor([slot for slot, _ in self._own], device="cpu")
             curvature = c.new_tensor([k for _, k in self._own])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import check_number
 from ..operators import LinearOperator
-from .base import Memory
+from ._memory import Memory
 
 AUTO = "auto"
 _START, _MOST, _LEAST = 3e-3, 1.5e-2, 1e-10  # δ
@@ -22,13 +22,45 @@ _FADING = 0.97  # a step, of the largest curvature met
 _POWER_STEPS = 3
 
 
-def check_damping(damping: Any) -> float | str:
-    """``damping`` if it is a number >= 0 or "auto"; ValueError otherwise."""
+def check_damping(damping: Any, *, positive: bool = False) -> float | str:
+    """``damping`` if it is a number >= 0 (> 0), or "auto"; ValueError otherwise."""
     if isinstance(damping, str):
         if damping == AUTO:
             return damping
-        raise ValueError(f'Invalid damping: {damping!r}; expected a number >= 0, or "auto".')
-    return check_number("damping", damping)
+        sign = ">" if positive else ">="
+        raise ValueError(f'Invalid damping: {damping!r}; expected a number {sign} 0, or "auto".')
+    return check_number("damping", damping, positive=positive)
+
+
+class RelativeDamping(Memory):
+    """ρ = δ·σ with σ ≈ ‖H‖ by the power method, so that ρ follows the scale of the loss.
+
+    δ = 0.003, where a systematic error of that size is small beside that of a mini-batch, and a
+    singular matrix is solvable. Curvature that is not positive raises it to at most 0.5; it comes
+    back slowly.
+
+    Cost: three products before the first solve, one before each later one.
+    """
+
+    follows = True
+
+    def initial_state(self) -> dict[str, Any]:
+        return {"floor": 0.0, "leading": None, "rho": 0.0}
+
+    def choose(self, operator: LinearOperator, rhs: Tensor) -> float:
+        """ρ for the coming solve."""
+        last: Tensor | None = self.state["leading"]
+        usable = last is not None and last.shape == rhs.shape
+        start = last.to(rhs) if last is not None and usable else rhs
+        size, leading = power_method(operator, start, 1 if usable else _POWER_STEPS)
+        self.state["leading"] = leading
+        self.state["rho"] = max(_START, float(self.state["floor"])) * (size or 1.0)
+        return float(self.state["rho"])
+
+    def learn(self, negative: bool) -> None:
+        """Takes whether a curvature was not positive."""
+        floor = _RETRY * float(self.state["floor"])
+        self.state["floor"] = min(max(_START, floor) * _UP, _INDEFINITE) if negative else floor
 
 
 class SelfTunedDamping(Memory):
@@ -63,7 +95,7 @@ class SelfTunedDamping(Memory):
             known: a lower bound of ‖H‖ that is known already.
         """
         if known is None and not self.state["scale"]:
-            known = _power_steps(operator, rhs)
+            known, _ = power_method(operator, rhs, _POWER_STEPS)
         scale = max(known or 0.0, _FADING * float(self.state["scale"]))
         if math.isfinite(scale):
             self.state["scale"] = scale
@@ -104,13 +136,13 @@ class SelfTunedDamping(Memory):
         return float(self.state["delta"]) >= _MOST / 2
 
 
-def _power_steps(operator: LinearOperator, b: Tensor) -> float:
-    """‖Hq‖ for a q on the way to the leading eigenvector."""
-    size, y = 0.0, b
-    for _ in range(_POWER_STEPS):
+def power_method(operator: LinearOperator, start: Tensor, steps: int) -> tuple[float, Tensor]:
+    """‖Hq‖ for a unit q on the way to the leading eigenvector, and Hq: ``steps`` products."""
+    size, y = 0.0, start
+    for _ in range(steps):
         norm = float(operator.inner(y, y).sqrt())
         if not 0 < norm < math.inf:
-            return size
+            break
         y = operator @ (y / norm)
         size = float(operator.inner(y, y).sqrt())
-    return size
+    return size, y

@@ -169,7 +169,7 @@ class RecycledPairs(Preconditioner):
         if not self.alive() or self.state["rows"].shape[1] != operator.shape[0]:
             return lambda r: r
         R = self.ring(self.state["rows"][0])
-        gamma, M = self.coordinates(damping)
+        gamma, M = self.coordinates(damping, self.alive())
         gamma, M = gamma / self.unit, (M / self.unit).to(wide_dtype(R)).to(R.device)
 
         def apply(r: Tensor) -> Tensor:
@@ -179,12 +179,12 @@ class RecycledPairs(Preconditioner):
 
         return apply
 
-    def coordinates(self, damping: float) -> tuple[float, Tensor]:
-        """γ, M of P⁻¹ = γI + RᵀMR, in units: of H/unit and ρ/unit.
+    def coordinates(self, damping: float, slots: list[int]) -> tuple[float, Tensor]:
+        """γ, M of P⁻¹ = γI + RᵀMR, in units: of H/unit and ρ/unit; from these slots.
 
         The compact form of L-BFGS (Byrd, Nocedal & Schnabel 1994) around the Nyström copy M₀.
         """
-        M, slots = torch.zeros_like(self.gram), self.alive()
+        M = torch.zeros_like(self.gram)
         if not slots:
             return 1.0, M
         rho, k = damping / self.unit, len(slots)

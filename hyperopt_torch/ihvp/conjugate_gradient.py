@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._tensors import is_at_hand, wide_dtype
 from ..errors import check_count, check_number
-from ..operators import Damped, LinearOperator
+from ..operators import LinearOperator
 from ._descent import begin, descend, rescued
 from .base import IHVP, Preconditioner, Solution
 
@@ -25,7 +25,7 @@ class ConjugateGradient(IHVP):
         max_iter: steps, >= 1.
         tol: stop when ‖r‖ <= tol·‖b‖, >= 0. Looking costs two syncs a step; with 0 nothing waits
             for the device, which does all steps, and the strategy runs under ``torch.func.vmap``.
-        damping: ρ >= 0.
+        damping: ρ >= 0, or "auto": relative to ‖H‖.
         preconditioner: P ≈ H + ρI, such as ``NystromSketch(20)``, ``RecycledPairs()`` or an
             ``NHGD(...)`` that watches the inner steps. Directions are then fully orthogonalised:
             2·max_iter more vectors of memory, and a sync a step whatever ``tol`` is.
@@ -63,14 +63,14 @@ class ConjugateGradient(IHVP):
         max_iter: int = 10,
         *,
         tol: float = 1e-6,
-        damping: float = 0.0,
+        damping: float | str = 0.0,
         warm_start: bool = False,
         preconditioner: Preconditioner | None = None,
     ) -> None:
         super().__init__()
         self.max_iter = check_count("max_iter", max_iter)
         self.tol = check_number("tol", tol)
-        self.damping = check_number("damping", damping)
+        self._set_damping(damping)
         self.warm_start = bool(warm_start)
         if preconditioner is not None and not isinstance(preconditioner, Preconditioner):
             raise TypeError(
@@ -82,7 +82,7 @@ class ConjugateGradient(IHVP):
     def solve(self, operator: LinearOperator, rhs: Tensor) -> Solution:
         if self.preconditioner is not None:
             return self._preconditioned(operator, rhs, self.preconditioner)
-        A = Damped(operator, self.damping)
+        A = self.damped(operator, rhs)
         # With a tolerance every decision is read from the device anyway, and on the CPU reading is
         # free: then scalars are plain floats, and decisions `if`. Without one on an accelerator
         # they stay tensors, and `_select` is a mask. One algorithm.
@@ -143,12 +143,12 @@ class ConjugateGradient(IHVP):
     def _preconditioned(
         self, operator: LinearOperator, rhs: Tensor, preconditioner: Preconditioner
     ) -> Solution:
-        A = Damped(operator, self.damping)
+        A = self.damped(operator, rhs)
         found = begin(A, rhs, self.state.get("x") if self.warm_start else None)
-        precondition = preconditioner.prepare(operator, self.damping)
+        precondition = preconditioner.prepare(operator, A.damping)
         found = descend(A, found, precondition, self.max_iter, self.tol)
         # The warm start is a pair like the others; only H, without ρ, is worth remembering.
-        preconditioner.learn(operator, [(p.q, p.Aq - self.damping * p.q) for p in found.pairs])
+        preconditioner.learn(operator, [(p.q, p.Aq - A.damping * p.q) for p in found.pairs])
         found = rescued(A, rhs, found)
         if self.warm_start:
             self.state["x"] = found.x

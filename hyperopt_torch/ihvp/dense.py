@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from .._tensors import wide_dtype
-from ..errors import check_number
 from ..operators import LinearOperator
 from .base import IHVP, Solution
 
@@ -17,7 +16,7 @@ class DenseSolve(IHVP):
     The blocks of H between different parameter tensors are all there.
 
     Args:
-        damping: ρ >= 0.
+        damping: ρ >= 0, or "auto": relative to ‖H‖.
 
     Raises:
         ValueError: ``damping`` is not a finite number >= 0.
@@ -34,13 +33,13 @@ class DenseSolve(IHVP):
         tensor([1., 2.])
     """
 
-    def __init__(self, damping: float = 0.0) -> None:
+    def __init__(self, damping: float | str = 0.0) -> None:
         super().__init__()
-        self.damping = check_number("damping", damping)
+        self._set_damping(damping)
 
     def solve(self, operator: LinearOperator, rhs: Tensor) -> Solution:
         H = operator.dense().to(wide_dtype(rhs))  # (n, n)
         eigenvalues, V = torch.linalg.eigh((H + H.mT) / 2)
-        shifted = eigenvalues + self.damping
+        shifted = eigenvalues + self.damped(operator, rhs).damping
         x = V @ ((V.mT @ rhs.to(H.dtype)) / shifted)
         return Solution(x.to(rhs.dtype), negative_curvature=(shifted <= 0).any())

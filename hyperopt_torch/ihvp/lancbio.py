@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._tensors import wide_dtype
 from ..errors import check_count, check_number
-from ..operators import Damped, LinearOperator
+from ..operators import LinearOperator
 from .base import IHVP, Solution
 
 _CUT = 1e-8  # eigenvalues of the small matrix below this times the largest are rounding
@@ -30,7 +30,7 @@ class LancBiO(IHVP):
 
     Args:
         subspace_dim: m >= 1, the outer steps from one start to the next.
-        damping: ρ >= 0.
+        damping: ρ >= 0, or "auto": relative to ‖H‖.
         safeguard: False is the published method to the letter: the correction is to the x and w of
             the start, T is tridiagonal, from the short recurrence, and nothing is tested. T mixes
             products of m different A; under fast drift the answer can be wrong by any factor.
@@ -77,15 +77,15 @@ class LancBiO(IHVP):
     """
 
     def __init__(
-        self, subspace_dim: int = 10, *, damping: float = 0.0, safeguard: bool = True
+        self, subspace_dim: int = 10, *, damping: float | str = 0.0, safeguard: bool = True
     ) -> None:
         super().__init__()
         self.subspace_dim = check_count("subspace_dim", subspace_dim)
-        self.damping = check_number("damping", damping)
+        self._set_damping(damping)
         self.safeguard = bool(safeguard)
 
     def solve(self, operator: LinearOperator, rhs: Tensor) -> Tensor | Solution:
-        A = Damped(operator, self.damping)
+        A = self.damped(operator, rhs)
         if not self._fits(rhs):
             self.state = self._blank(rhs)
         if self.state["step"] == self.subspace_dim:
@@ -315,7 +315,7 @@ class SubBiO(IHVP):
 
     Args:
         step_size: η > 0; about 1 / λ_max(A).
-        damping: ρ >= 0.
+        damping: ρ >= 0, or "auto": relative to ‖H‖.
 
     Raises:
         ValueError: ``step_size`` is not positive, or ``damping`` < 0.
@@ -344,13 +344,13 @@ class SubBiO(IHVP):
     subspace", ICLR 2025.
     """
 
-    def __init__(self, step_size: float, *, damping: float = 0.0) -> None:
+    def __init__(self, step_size: float, *, damping: float | str = 0.0) -> None:
         super().__init__()
         self.step_size = check_number("step_size", step_size, positive=True)
-        self.damping = check_number("damping", damping)
+        self._set_damping(damping)
 
     def solve(self, operator: LinearOperator, rhs: Tensor) -> Solution:
-        A = Damped(operator, self.damping)
+        A = self.damped(operator, rhs)
         basis = self._basis(A, rhs)
         products, crosses = zip(*(A.joint(v) for v in basis), strict=True)
         V, AV, JV = (torch.stack(parts, dim=1) for parts in (basis, products, crosses))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import check_count, check_number
-from ..operators import Damped, LinearOperator
+from ..operators import LinearOperator
 from .base import IHVP, Solution
 
 _LANCZOS_STEPS = 8
@@ -25,7 +25,7 @@ class Neumann(IHVP):
         scale: α, which must lie below 2 / λ_max(A); "auto" takes 1 / λ̂, where λ̂ estimates λ_max,
             from above as a rule, by 8 Lanczos products, done at the first solve, every 20th, and
             after a divergence. The factor 2 is the margin.
-        damping: ρ >= 0.
+        damping: ρ >= 0, or "auto": relative to ‖H‖.
 
     Raises:
         ValueError: ``num_terms`` < 1, ``scale`` neither "auto" nor > 0, ``damping`` < 0.
@@ -50,7 +50,7 @@ class Neumann(IHVP):
     """
 
     def __init__(
-        self, num_terms: int = 10, *, scale: str | float = "auto", damping: float = 0.0
+        self, num_terms: int = 10, *, scale: str | float = "auto", damping: float | str = 0.0
     ) -> None:
         super().__init__()
         self.num_terms = check_count("num_terms", num_terms)
@@ -59,10 +59,10 @@ class Neumann(IHVP):
         self.scale = (
             scale if isinstance(scale, str) else check_number("scale", scale, positive=True)
         )
-        self.damping = check_number("damping", damping)
+        self._set_damping(damping)
 
     def solve(self, operator: LinearOperator, rhs: Tensor) -> Solution:
-        A = Damped(operator, self.damping)
+        A = self.damped(operator, rhs)
         alpha = self._alpha(A, rhs)
         term = total = rhs
         best = torch.zeros_like(rhs)

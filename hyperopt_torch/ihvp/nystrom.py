@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from .._tensors import draw_seed, seeded_generator, seeded_rng, wide_dtype
-from ..errors import check_choice, check_count, check_number
+from ..errors import check_choice, check_count
 from ..operators import LinearOperator
+from ._damping import AUTO, check_damping
 from .base import IHVP, Solution, rescaled
 
 _CUT_INDEFINITE = 1e-2  # of the core's spectrum, where it has negative eigenvalues too
+_RELATIVE = 1e-2  # "auto" damping
 _CUT_PIVOT = 1e-10  # of the sketch's own Gram matrix
 
 
@@ -26,7 +28,9 @@ class Nystrom(IHVP):
 
     Args:
         rank: k >= 1; clamped to n, which the report says.
-        damping: ρ > 0.
+        damping: ρ > 0, or "auto": 0.01 times the largest singular value of C in the sketch's
+            coordinates, a lower bound of ‖H‖ that is known anyway. Then the hypergradient does not
+            depend on the scale of the loss.
         chunk_size: None keeps C (the time-efficient form). κ >= 1 never holds more than κ columns
             (the space-efficient form for κ = 1), at the price of k + 2 more products.
         sketch: "columns" draws K uniformly without replacement, anew at every solve;
@@ -36,6 +40,7 @@ class Nystrom(IHVP):
             inf or NaN for a singular M + CᵀC/ρ (a dead unit, a constant pixel).
         rescale: replace x by its best multiple. A sketch that misses eigenvalues above ρ makes x
             too long; this mends the length, not the direction, and costs no further product.
+            None: with "auto", and not with a number, which is the paper's method to the letter.
         generator: where to take the seed from, here and now; None: from ``torch.manual_seed``'s
             seed. torch's global random stream is not touched. Draws are a function of the seed and
             the number of the solve, both of which a checkpoint keeps.
@@ -62,22 +67,22 @@ class Nystrom(IHVP):
     def __init__(
         self,
         rank: int = 10,
-        damping: float = 0.01,
+        damping: float | str = AUTO,
         *,
         chunk_size: int | None = None,
         sketch: str = "columns",
         solver: str = "stable",
-        rescale: bool = False,
+        rescale: bool | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         self._seed = draw_seed(generator)
         super().__init__()
         self.rank = check_count("rank", rank)
-        self.damping = check_number("damping", damping, positive=True)
+        self.damping = check_damping(damping, positive=True)
         self.chunk_size = None if chunk_size is None else check_count("chunk_size", chunk_size)
         self.sketch = check_choice("sketch", sketch, ("columns", "gaussian"))
         self.solver = check_choice("solver", solver, ("stable", "woodbury"))
-        self.rescale = bool(rescale)
+        self.rescale = self.damping == AUTO if rescale is None else bool(rescale)
 
     def initial_state(self) -> dict[str, Any]:
         return {"seed": self._seed, "draws": 0}
@@ -93,23 +98,32 @@ class Nystrom(IHVP):
         else:
             M, G = self._chunked_grams(operator, test, rank)
             Cb = test.project(operator @ rhs)  # Cᵀb = Ωᵀ(Hb)
-        core = self._core(test.gram(), M, G, torch.finfo(rhs.dtype).eps)
+        S = test.gram()
+        auto = self.damping == AUTO
+        rho = _RELATIVE * _largest(S, G).to(rhs.dtype) if auto else self.damping
+        core = self._core(S, M, G, rho, torch.finfo(rhs.dtype).eps)
         if self.chunk_size is None:
-            x = rhs / self.damping - C @ core.weights(Cb).to(rhs.dtype)
+            x = rhs / rho - C @ core.weights(Cb).to(rhs.dtype)
             if self.solver == "stable":
                 # (b - ...)/ρ cancels where ρ is small; one refinement against the same H_k undoes
                 # that. It needs C, not H.
                 Hk_x = C @ core.low_rank(operator.inner(C, x)).to(rhs.dtype)
-                r = rhs - self.damping * x - Hk_x
-                x = x + (r / self.damping - C @ core.weights(operator.inner(C, r)).to(rhs.dtype))
+                r = rhs - rho * x - Hk_x
+                x = x + (r / rho - C @ core.weights(operator.inner(C, r)).to(rhs.dtype))
         else:
             y = core.weights(Cb).to(rhs.dtype)
-            x = rhs / self.damping - operator @ test.combine(y)  # C y = H(Ωy)
+            x = rhs / rho - operator @ test.combine(y)  # C y = H(Ωy)
         clamped = () if rank == self.rank else (f"rank {self.rank} clamped to n = {n}",)
-        found = Solution(x, rank=core.rank, negative_curvature=core.indefinite, notes=clamped)
+        found = Solution(
+            x,
+            rank=core.rank,
+            negative_curvature=core.indefinite,
+            notes=clamped,
+            damping=rho if auto else None,
+        )
         if not self.rescale:
             return found
-        best = rescaled(operator, self.damping, rhs, x)
+        best = rescaled(operator, rho, rhs, x)
         flagged = best.negative_curvature
         if core.indefinite is not None and flagged is not None:
             flagged = core.indefinite | flagged
@@ -136,11 +150,13 @@ class Nystrom(IHVP):
             G.append(test.project(operator @ C))
         return torch.cat(M, dim=1), torch.cat(G, dim=1)
 
-    def _core(self, S: Tensor | None, M: Tensor, G: Tensor, eps: float) -> _Core:
+    def _core(
+        self, S: Tensor | None, M: Tensor, G: Tensor, rho: Tensor | float, eps: float
+    ) -> _Core:
         M, G = (M + M.mT) / 2, (G + G.mT) / 2
         if self.solver == "woodbury":
-            return _Woodbury(M, G, self.damping)
-        return _Stable(S, M, G, self.damping, eps)
+            return _Woodbury(M, G, rho)
+        return _Stable(S, M, G, rho, eps)
 
 
 class _Core:
@@ -159,7 +175,7 @@ class _Core:
 class _Woodbury(_Core):
     """Hataya & Yamada 2023, eq. 6: weights = (M + CᵀC/ρ)⁻¹ Cᵀb / ρ²."""
 
-    def __init__(self, M: Tensor, G: Tensor, rho: float) -> None:
+    def __init__(self, M: Tensor, G: Tensor, rho: Tensor | float) -> None:
         self.matrix, self.rho, self.rank = M + G / rho, rho, len(M)
 
     def weights(self, Cb: Tensor) -> Tensor:
@@ -175,7 +191,9 @@ class _Stable(_Core):
     columns of F, so that no shape depends on data.
     """
 
-    def __init__(self, S: Tensor | None, M: Tensor, G: Tensor, rho: float, eps: float) -> None:
+    def __init__(
+        self, S: Tensor | None, M: Tensor, G: Tensor, rho: Tensor | float, eps: float
+    ) -> None:
         W = torch.eye(len(M), dtype=M.dtype, device=M.device) if S is None else _inverse_root(S)
         D, V = torch.linalg.eigh(W.mT @ M @ W)
         noise = 4 * len(M) * eps
@@ -195,6 +213,13 @@ class _Stable(_Core):
     def low_rank(self, Cx: Tensor) -> Tensor:
         y: Tensor = self.F @ (self.F.mT @ Cx)
         return y
+
+
+def _largest(S: Tensor | None, G: Tensor) -> Tensor:
+    """max ‖Hq‖ over unit vectors q of the sketch's span; 1 where H is zero on it."""
+    W = None if S is None else _inverse_root(S)
+    squares = torch.linalg.eigvalsh((G + G.mT) / 2 if W is None else W.mT @ G @ W)
+    return torch.where(squares[-1] == 0, 1.0, squares[-1]).sqrt()
 
 
 def _inverse_root(S: Tensor) -> Tensor:

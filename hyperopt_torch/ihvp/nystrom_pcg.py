@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._tensors import draw_seed, seeded_generator, seeded_rng
 from ..errors import check_count, check_number
-from ..operators import Damped, LinearOperator
+from ..operators import LinearOperator
 from ._descent import begin, descend, rescued
 from .base import IHVP, Preconditioner, Solution
 
@@ -106,7 +106,7 @@ class NystromPCG(IHVP):
         refresh_every: R >= 1, in solves.
         max_iter: steps a solve, >= 1.
         tol: stop at ‖r‖ <= tol·‖b‖, >= 0.
-        damping: ρ >= 0.
+        damping: ρ >= 0, or "auto": relative to ‖H‖.
         generator: where to take the seed from; None: from ``torch.manual_seed``'s seed.
 
     Raises:
@@ -116,8 +116,9 @@ class NystromPCG(IHVP):
 
     Trouble: negative eigenvalues of the sketch are cut, and flagged; so is a direction of negative
     curvature, which ends the solve at the iterate before it, at the length that is best for the
-    residual, and calls for a refresh. A residual
-    above ‖b‖ is answered by one cold solve with a new sketch.
+    residual, and calls for a refresh. A solve is not judged by its residual, which may rise above
+    ‖b‖: it begins at the best multiple of the last solution, and conjugate directions lower the
+    energy ½xᵀAx - bᵀx from there.
 
     Cost: k/R + max_iter + 1 joint products a solve; k + 2·max_iter + 4 vectors; syncs.
 
@@ -141,31 +142,25 @@ class NystromPCG(IHVP):
         refresh_every: int = 20,
         max_iter: int = 2,
         tol: float = 1e-2,
-        damping: float = 0.01,
+        damping: float | str = 0.01,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         self.refresh_every = check_count("refresh_every", refresh_every)
         self.max_iter = check_count("max_iter", max_iter)
         self.tol = check_number("tol", tol)
-        self.damping = check_number("damping", damping)
+        self._set_damping(damping)
         self.sketch = NystromSketch(rank, generator)
 
     def solve(self, operator: LinearOperator, rhs: Tensor) -> Solution:
-        A = Damped(operator, self.damping)
+        A = self.damped(operator, rhs)
         age = self.state.get("age", self.refresh_every)
         indefinite = age >= self.refresh_every and self.sketch.refresh(operator)
         age = 0 if age >= self.refresh_every else age
         found = begin(A, rhs, self.state.get("x"))
         before = found.norm
-        precondition = self.sketch.prepare(operator, self.damping)
+        precondition = self.sketch.prepare(operator, A.damping)
         found = descend(A, found, precondition, self.max_iter, self.tol)
-        notes: tuple[str, ...] = ()
-        if not found.negative and not found.residual <= 1:
-            notes = ("the warm solve failed and was replaced by a cold one with a new sketch",)
-            indefinite = self.sketch.refresh(operator) or indefinite
-            precondition = self.sketch.prepare(operator, self.damping)
-            found = descend(A, begin(A, rhs), precondition, self.max_iter, self.tol)
         rate = (found.norm / before) ** (1 / found.steps) if found.steps else 0.0
         if age == 0:
             self.state["fresh_rate"] = rate  # what this spectrum allows with a sketch of this rank
@@ -174,7 +169,7 @@ class NystromPCG(IHVP):
         found = rescued(A, rhs, found)
         self.state["x"] = found.x
         found.negative = found.negative or indefinite
-        return found.solution(self.tol or None, notes)
+        return found.solution(self.tol or None)
 
 
 def _symmetric(M: Tensor) -> Tensor:
