@@ -52,7 +52,7 @@ class Cleaning:
 
     def __init__(self, setting: Setting, seed: int, dtype: torch.dtype) -> None:
         self.setting = setting
-        x, y = _images(setting.data)
+        x, y = images(setting.data)
         g = torch.Generator().manual_seed(seed)
         chosen = torch.randperm(len(x), generator=g)[: 2 * setting.samples]
         x, y = x[chosen].to(dtype), y[chosen]
@@ -96,7 +96,7 @@ def _model(inputs: int, hidden: int, seed: int) -> nn.Module:
     return nn.Sequential(nn.Linear(inputs, hidden), nn.Tanh(), nn.Linear(hidden, 10))
 
 
-def _images(data: str) -> tuple[Tensor, Tensor]:
+def images(data: str) -> tuple[Tensor, Tensor]:
     if data == "digits":
         digits = load_digits()
         return torch.tensor(digits.data / 16, dtype=torch.float32), torch.tensor(digits.target)

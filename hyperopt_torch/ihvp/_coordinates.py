@@ -38,10 +38,10 @@ class RecycledDescent:
         self._operator, self._pairs, self._damping, self._rhs = operator, pairs, damping, rhs
         self._R, self._G = pairs.ring(rhs), pairs.gram
         self._last = len(self._R) - 1  # the row of the residual
-        self._residual_row = slice(self._last, self._last + 1)
         self._known = pairs.alive()  # the slots that precondition this solve
         self._preconditioner: tuple[float, Tensor] | None = None  # γ, M, once a step is due
-        self._own: list[tuple[int, float]] = []  # slots of this solve's pairs, their curvatures
+        # Of this solve's pairs: slots, with curvatures qᵀAq and coefficients of y.
+        self._own: list[tuple[int, float, float]] = []
         self._y = torch.zeros_like(rhs)
         self._cross: Tensor | None = None
         self._warm: tuple[float, int, Tensor] | None = None  # y, its slot, Jᵀy of the warm start
@@ -58,18 +58,17 @@ class RecycledDescent:
         bb, gg = read(torch.stack([A.inner(b, b), A.inner(g, g)])).tolist()
         self.rhs_norm = bb**0.5
         if not 0 < bb < math.inf:
-            self._measured = 0.0
             return
         slot = self._pairs.next_slot
         self._pairs.overwrite(slot, slot + 1, self._pairs.slots)  # see _enter for the second
         torch.mul(b, 1 / self.rhs_norm, out=self._R[last])
         if not (usable and 0 < gg < math.inf):
-            self._pairs.measure(A, self._residual_row)
+            self._measure_residual()
         else:
             torch.mul(g, gg**-0.5, out=self._R[2 * slot])
+            self._measured = 1.0
             if self._enter(warm=True):
                 self.start, self.steps = self.curvature, 0
-        self._measured = self._rr
 
     def descend(self, max_iter: int, tol: float) -> None:
         """Up to ``max_iter`` steps, until ‖r‖ <= tol·‖b‖; one joint product each."""
@@ -103,7 +102,8 @@ class RecycledDescent:
         self._cross = torch.lerp(cross, self._cross, weight)
         r.mul_(weight).add_(self._rhs, alpha=(1 - weight) / self.rhs_norm)
         r.sub_(Hq, alpha=rest).sub_(q, alpha=rest * self._rho)
-        self._pairs.measure(self._operator, self._residual_row)
+        self._measure_residual()
+        self._own = [(i, k, weight * c + (rest if i == slot else 0.0)) for i, k, c in self._own]
         self.curvature = self.start + weight**2 * (self.curvature - self.start)
 
     def result(self) -> Descent:
@@ -117,9 +117,18 @@ class RecycledDescent:
             self.rhs_norm * self.residual,
             self.rhs_norm,
             curvature=size * self.rhs_norm * self.curvature,
+            squared=self._squared(size),
             steps=self.steps,
             negative=self.negative,
         )
+
+    def _squared(self, size: float) -> float | None:
+        """‖x‖², in coordinates where no pair of this solve has left the ring."""
+        if len(self._own) < self.steps + (self._warm is not None):
+            return None
+        q = 2 * torch.tensor([slot for slot, _, _ in self._own], device="cpu", dtype=torch.long)
+        c = self._G.new_tensor([c for _, _, c in self._own])
+        return size**2 * float(c @ self._G[q[:, None], q] @ c)
 
     # Steps -----------------------------------------------------------------------------------
 
@@ -153,7 +162,7 @@ class RecycledDescent:
         slot = self._pairs.next_slot
         if slot in self._known:  # longer than the spare slots last: on without the preconditioner
             self._known, self._preconditioner = [], None
-        self._own = [(s, k) for s, k in self._own if s != slot]
+        self._own = [pair for pair in self._own if pair[0] != slot]
         self._pairs.overwrite(slot)
         return slot
 
@@ -169,8 +178,8 @@ class RecycledDescent:
         c = M @ G[last]
         c[last] += gamma
         if self._own:
-            q = 2 * torch.tensor([slot for slot, _ in self._own], device="cpu")
-            curvature = c.new_tensor([k for _, k in self._own])
+            q = 2 * torch.tensor([slot for slot, _, _ in self._own], device="cpu")
+            curvature = c.new_tensor([k for _, k, _ in self._own])
             scaled = torch.add(G[q + 1], G[q], alpha=self._rho) / curvature[:, None]
             for _ in range(2):  # once more, for what rounding left
                 c.index_add_(0, q, scaled @ c, alpha=-1)
@@ -214,13 +223,16 @@ class RecycledDescent:
         G[last].sub_(A, alpha=a)
         G[:, last] = G[last]
         G[last, last] = rr = rr - a * (2 * rAq - a * AA)
-        self._own.append((slot, curvature))
+        self._own.append((slot, curvature, a))
         pairs.state["count"] += 1
         self.steps += 1
         self.curvature += a * a * curvature
         if warm:
             self._warm = (a, slot, self._cross)
-        elif rr < self._resolution * self._measured:  # only rounding is left of that row
-            pairs.measure(self._operator, self._residual_row)
-            self._measured = self._rr
+        if rr < self._resolution * self._measured:  # only rounding is left of that row
+            self._measure_residual()
         return True
+
+    def _measure_residual(self) -> None:
+        self._pairs.measure(self._operator, slice(self._last, self._last + 1))
+        self._measured = self._rr

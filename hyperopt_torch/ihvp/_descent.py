@@ -34,6 +34,7 @@ class Descent:
     norm: float  # ‖r‖
     rhs_norm: float  # ‖b‖
     curvature: float = 0.0  # xᵀAx
+    squared: float | None = None  # ‖x‖², where it is known
     pairs: list[Pair] = field(default_factory=list)
     steps: int = 0  # without the warm start
     negative: bool = False
@@ -48,8 +49,8 @@ class Descent:
         return -0.5 * self.curvature
 
     def rayleigh(self, A: LinearOperator) -> float:
-        """xᵀAx / xᵀx; 0 for x = 0. A sync."""
-        size = float(A.inner(self.x, self.x))
+        """xᵀAx / xᵀx; 0 for x = 0. A sync where ‖x‖ is not known."""
+        size = float(A.inner(self.x, self.x)) if self.squared is None else self.squared
         return self.curvature / size if size > 0 else 0.0
 
     def solution(
@@ -88,7 +89,7 @@ def begin(A: LinearOperator, b: Tensor, guess: Tensor | None = None) -> Descent:
     r = b - a * Aq
     norm = float(A.inner(r, r).sqrt())
     pairs = [Pair(q, Aq, curvature)]
-    return Descent(a * q, a * Jq, r, norm, rhs_norm, a * a * curvature, pairs)
+    return Descent(a * q, a * Jq, r, norm, rhs_norm, a * a * curvature, pairs=pairs)
 
 
 def descend(
@@ -157,4 +158,6 @@ def rescued(A: LinearOperator, b: Tensor, found: Descent) -> Descent:
     r = b - a * Ax
     norm = float(A.inner(r, r).sqrt())
     curvature = a * a * float(A.inner(x, Ax))
-    return replace(found, x=a * x, cross=a * cross, r=r, norm=norm, curvature=curvature)
+    return replace(
+        found, x=a * x, cross=a * cross, r=r, norm=norm, curvature=curvature, squared=None
+    )
