@@ -46,7 +46,7 @@ class ConjugateGradient(IHVP):
     first step it returns b·‖b‖/‖Ab‖. The zero vector is returned for b = 0 only.
 
     Cost: ``max_iter`` joint products (Ap, Jᵀp), one more if warm; Jᵀx is summed along the way, so
-    no separate cross product is needed. Seven vectors of memory; two syncs a step if tol > 0.
+    no separate cross product is needed. Five vectors of memory; two syncs a step if tol > 0.
 
     Example:
         >>> import torch

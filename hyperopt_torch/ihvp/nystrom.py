@@ -50,8 +50,9 @@ class Nystrom(IHVP):
 
     Exact limit: k = n.
 
-    Cost: k products and k vectors of memory, or 2k + 2 products and κ vectors; O(nk²) flops; k×k
-    algebra in float64; no sync.
+    Cost: k products, k vectors kept and 4k at the peak of the batched product; or 2k + 2 products
+    and κ vectors (4κ); one product more to rescale, which is the one that Jᵀx takes anyway; O(nk²)
+    flops; k×k algebra in float64; no sync.
 
     Example:
         >>> import torch

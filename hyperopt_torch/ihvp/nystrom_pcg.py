@@ -120,7 +120,8 @@ class NystromPCG(IHVP):
     ‖b‖: it begins at the best multiple of the last solution, and conjugate directions lower the
     energy ½xᵀAx - bᵀx from there.
 
-    Cost: k/R + max_iter + 1 joint products a solve; k + 2·max_iter + 4 vectors; syncs.
+    Cost: k/R + max_iter + 1 joint products a solve; 2k + 2·max_iter + 4 vectors, 4k at a
+    refresh; syncs.
 
     Example:
         >>> import torch

@@ -25,7 +25,8 @@ class RecycledCG(IHVP):
 
     A bilevel run solves nearly the same system hundreds of times. Every product of the last steps
     is kept as a pair and becomes the preconditioner of the next solve (:class:`RecycledPairs`);
-    every product is a joint one, so Jᵀx comes along and no cross product is needed.
+    every product is a joint one, so Jᵀx comes along and no cross product is needed. The algebra is
+    done in coordinates on the pairs (:class:`~hyperopt_torch.ihvp._coordinates.RecycledDescent`).
 
     Args:
         window: pairs kept, >= 1; 2·window vectors of memory.
@@ -51,8 +52,9 @@ class RecycledCG(IHVP):
     ends the solve; the solution gets the length that is best for the residual.
 
     Cost: max_iter + 1 joint products, 3 products more before the first solve with "auto"; vector
-    work of about (4·window + 40)·n flops a step; 2·window + 2·max_iter vectors; syncs at every
-    step.
+    work of about 8·(window + max_iter)·n flops a step, by one pass over the pairs before a product
+    and one after it; 2·window + 2·max_iter + 5 vectors, at the first solve as later; a sync a
+    product and one a solve, one more where the residual is measured anew.
 
     Example:
         >>> import torch
