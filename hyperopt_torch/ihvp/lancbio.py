@@ -59,8 +59,9 @@ class LancBiO(IHVP):
     comes, and then forgotten.
 
     Cost: 2 products per outer step, Jᵀx included, one more at a start and one more for Ab; m + 2
-    vectors are kept, 2.7m live at the peak; O(nm) flops; one sync, one more for Ab. Without safeguards one product, one
-    more at a start, and the closing one for Jᵀx; m + 3 vectors; no sync.
+    vectors are kept, 2.7m live at the peak; O(nm) flops; one sync, one more for Ab. Without
+    safeguards one product, one more at a start, and the closing one for Jᵀx; m + 3 vectors; no
+    sync.
 
     Example:
         >>> import torch
@@ -328,7 +329,8 @@ class SubBiO(IHVP):
     they show nonpositive curvature; if none is left, b·‖b‖/‖Ab‖ is returned. NaN is returned as it
     comes, and then forgotten.
 
-    Cost: 3 products, Jᵀx included (one at the first solve); 14 vectors of memory at its peak, one kept; no sync.
+    Cost: 3 products, Jᵀx included (one at the first solve); 14 vectors of memory at its peak, one
+    kept; no sync.
 
     Example:
         >>> import torch

@@ -36,7 +36,8 @@ class Neumann(IHVP):
     residual is returned (a multiple of b, if the first term grew already) and the report says
     ``diverged``; ``negative_curvature`` is set where a term saw some.
 
-    Cost: K products (8 more when α is looked for), 4 vectors of memory (31 then); with "auto" one sync.
+    Cost: K products (8 more when α is looked for), 4 vectors of memory (31 then); with
+    "auto" one sync.
 
     Example:
         >>> import torch
