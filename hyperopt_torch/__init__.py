@@ -4,7 +4,7 @@ from . import functional
 from ._default import AutomaticCurvature
 from .bilevel import BilevelOptimizer
 from .checking import HypergradientCheck, check_hypergradient
-from .curvature import Curvature, GaussNewton, Hessian
+from .curvature import Curvature, FiniteDifference, GaussNewton, Hessian
 from .errors import HypergradientError, HypergradientWarning
 from .estimators import PZOBO, HypergradientEstimator, ImplicitDifferentiation, Unrolled
 from .health import HealthLog
@@ -42,6 +42,7 @@ __all__ = [
     "ConjugateGradient",
     "Curvature",
     "DenseSolve",
+    "FiniteDifference",
     "GaussNewton",
     "HealthLog",
     "Hessian",

@@ -83,6 +83,8 @@ class SolveReport:
         precision: machine epsilon of the coarsest dtype that the training loss computes in, where
             that is coarser than the vectors'.
         self_check: of the first hypergradient of a run.
+        kink: of products by differences, the largest ‖g₊ + g₋ - 2g₀‖ / ‖g₊ - g₋‖ of a solve: small
+            where f is smooth, about 1 where it has kinks.
     """
 
     strategy: str
@@ -107,6 +109,7 @@ class SolveReport:
     curvature: Tensor | None = None
     precision: float | None = None
     self_check: SelfCheck | None = None
+    kink: Tensor | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, booleans and None, for loggers; one sync."""
@@ -191,6 +194,8 @@ def _of_the_steps(known: Mapping[str, Any]) -> _Found:
 
 
 def _of_the_products(known: Mapping[str, Any]) -> _Found:
+    if known["kink"] is not None and known["kink"] > _KINK:
+        yield "kink", {"kink": known["kink"]}
     check: SelfCheck | None = known["self_check"]
     if check is None or check.undecided:
         return
@@ -227,6 +232,9 @@ _TEXTS = {  # in the order in which they are told: what spoils most comes first
     "loss are wrong. Suspects: a custom autograd.Function without a differentiable backward, "
     "weight_norm of torch, old and new (write v * (g / v.norm()) instead), hooks that change "
     "gradients, a random source of the closure's own. To find it leave parts of the loss out",
+    "kink": "differences of gradients bend by {kink:.0%}: the training loss has kinks (ReLU, "
+    "max-pool) within the step, where they are no second derivatives; use a strategy that asks for "
+    "few products (Identity(), Nystrom()), a smooth activation, or exact products",
     "unstable": "the adjoint grew {growth:.2g} times over the inner steps: the inner loop is "
     "unstable; lower its learning rate or use a shorter window",
     "astray": "after {steps} inner step(s) the parameters were not where the optimizer had put "

@@ -11,7 +11,7 @@ LAYERS = [
     {"_tensors", "errors", "report", "_refusals"},
     {"_graph", "_half"},
     {"recording", "inner_optimizer"},
-    {"inner_gradient"},
+    {"inner_gradient", "plain_gradient"},
     {"operators"},
     {"curvature", "ihvp"},
     {"estimators"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from .._refusals import NoSecondDerivative
 from ..inner_gradient import InnerGradient
 from ..operators import LinearOperator
+from ..plain_gradient import PlainGradient
 
 MEMORY = 256 << 20  # bytes that the automatic chunk of a batched product may take
 LARGE = 1 << 17  # from this many parameters on, a CPU gains nothing from batching (measured)
@@ -23,8 +25,23 @@ class Curvature(ABC):
     """
 
     @abstractmethod
-    def operator(self, inner_gradient: InnerGradient) -> LinearOperator:
-        """The n×n operator at the point where ``inner_gradient`` was taken."""
+    def operator(self, gradient: Any) -> LinearOperator:
+        """The n×n operator at the point where ``gradient`` was taken.
+
+        Args:
+            gradient: an :class:`~hyperopt_torch.operators.InnerGradient`, ∇f with its graph; a
+                :class:`~hyperopt_torch.plain_gradient.PlainGradient` for those that say so.
+        """
+
+
+class FirstOrderCurvature(Curvature):
+    """A choice that needs first gradients alone, taken at θ and beside it."""
+
+    step: float | None = None
+
+    @abstractmethod
+    def operator(self, gradient: PlainGradient) -> LinearOperator:
+        """The n×n operator at the point where ``gradient`` was taken."""
 
 
 class BatchedOperator(LinearOperator):

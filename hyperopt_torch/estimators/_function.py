@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from .._tensors import FlatLayout
-from ..curvature import Curvature
+from ..curvature import Curvature, FirstOrderCurvature
 from ..operators import InnerGradient, LinearOperator, Summed
+from ..plain_gradient import PlainGradient
 from ..recording import Evaluation, InnerObjective
 from .base import BilevelProblem
 
@@ -48,6 +49,7 @@ class InnerFunction:
         )
         self.penalty: Tensor | None = None
         self.precision: float | None = None
+        self.kink: Tensor | None = None
         self.loss = torch.zeros((), device=self.layout.device)
         self._reached = [False] * len(problem.outer_parameters)
         self.only: InnerGradient | None = None
@@ -103,6 +105,61 @@ class InnerFunction:
     @property
     def reached(self) -> list[bool]:
         return self._reached if self.only is None else self.only.reached
+
+
+class PlainFunction:
+    """The same for a curvature that needs first gradients alone: f at θ and beside it.
+
+    Attributes:
+        as of :class:`InnerFunction`; ``penalty`` is never known.
+        kink: how much the differences bend, see :class:`~hyperopt_torch.SolveReport`.
+
+    Raises:
+        RuntimeError: the objective is a loss, which cannot be evaluated beside θ.
+    """
+
+    penalty: Tensor | None = None
+
+    def __init__(
+        self,
+        problem: BilevelProblem,
+        objective: InnerObjective,
+        curvature: FirstOrderCurvature,
+        sign: float = 1.0,
+    ) -> None:
+        if not objective.repeatable:
+            raise RuntimeError(
+                f"{type(curvature).__name__} evaluates the training loss beside the current "
+                "parameters: give outer_step a closure, outer_step(val_loss, lambda: ...), instead "
+                "of the loss itself."
+            )
+        world = objective.plain_world
+
+        def fresh(evaluate: Callable[..., Evaluation]) -> Callable[[], Evaluation]:
+            def evaluated() -> Evaluation:
+                with world.fresh():
+                    return evaluate(twice=False)
+
+            return evaluated
+
+        with problem.explained_training_errors():
+            gradient = PlainGradient(
+                [(weight, fresh(evaluate)) for weight, evaluate in objective.terms],
+                problem.inner_parameters,
+                problem.outer_parameters,
+                sign=sign,
+                scale=1.0 if problem.scale is None else problem.scale,
+                step=curvature.step,
+            )
+        self._gradient = gradient
+        self.layout, self.outer_layout = gradient.layout, gradient.outer_layout
+        self.operator = curvature.operator(gradient)
+        self.gradient, self.loss = gradient.gradient, gradient.loss
+        self.precision, self.reached = gradient.precision, gradient.reached
+
+    @property
+    def kink(self) -> Tensor:
+        return self._gradient.kink
 
 
 def _mean_curvature(penalty: Tensor | None, parameters: list[Tensor], layout: FlatLayout) -> Tensor:

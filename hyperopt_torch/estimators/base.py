@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from .._graph import check_differentiable, explained
 from .._tensors import dense, trainable
 from ..inner_optimizer import Facts, Prober, learned, parameters_of
+from ..plain_gradient import plain_gradients
 from ..recording import OUTSIDE, Evaluation, InnerObjective, Record, StreamReader, World
 from ..report import SolveReport
 
@@ -95,16 +96,20 @@ class BilevelProblem:
         return explained(freed=freed, moved=moved)
 
     def outer_gradients(
-        self, outer_loss: Tensor
+        self, outer_loss: Tensor, *, plain: bool = False
     ) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
         """(∂g/∂θ, ∂g/∂φ), one per trainable parameter; None where there is no path.
+
+        Args:
+            plain: whether by ``backward()``, which also reaches what a reentrant checkpoint hides.
 
         Raises:
             RuntimeError: the loss is detached, depends on no inner parameter, or was computed
                 before the inner parameters moved.
         """
         check_outer_loss(outer_loss)
-        check_differentiable(outer_loss, "validation")
+        if not plain:
+            check_differentiable(outer_loss, "validation")
         inner = self.inner_parameters if self.averaged is None else list(self.averaged)
         split = len(inner)
         # Activation checkpoints run modules again.
@@ -117,11 +122,9 @@ class BilevelProblem:
                 "after inner_step and before outer_step.",
             ),
         ):
-            grads = torch.autograd.grad(
-                outer_loss if self.scale is None else outer_loss * self.scale,
-                inner + self.outer_parameters,
-                allow_unused=True,
-                retain_graph=self.keep_outer_graph,
+            loss = outer_loss if self.scale is None else outer_loss * self.scale
+            grads = (plain_gradients if plain else graph_gradients)(
+                loss, inner + self.outer_parameters, self.keep_outer_graph
             )
         grads = tuple(None if g is None else self._unscaled(dense(g)) for g in grads)
         if all(g is None for g in grads[:split]):
@@ -130,6 +133,13 @@ class BilevelProblem:
                 "optimizer hold the parameters of the model that the loss was computed with?"
             )
         return grads[:split], grads[split:]
+
+
+def graph_gradients(
+    loss: Tensor, tensors: Sequence[Tensor], retain_graph: bool
+) -> tuple[Tensor | None, ...]:
+    """∂loss/∂t for each tensor, None where there is no path, by ``torch.autograd.grad``."""
+    return torch.autograd.grad(loss, tensors, allow_unused=True, retain_graph=retain_graph)
 
 
 def _at_least_single(x: Tensor) -> Tensor:

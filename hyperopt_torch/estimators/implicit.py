@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from .._tensors import FlatLayout, inner_product
-from ..curvature import Curvature, Hessian
+from ..curvature import Curvature, FirstOrderCurvature, Hessian
 from ..ihvp import IHVP, Solution
 from ..ihvp.base import InnerStep
 from ..inner_optimizer import Prober
 from ..operators import LinearOperator, Shifted
 from ..recording import Evaluation, InnerObjective, Record, sample_rows
 from ..report import SelfCheck, SolveReport
-from ._function import InnerFunction
+from ._function import InnerFunction, PlainFunction
 from ._moving import Moving, moving
 from ._self_check import self_check
 from .base import BilevelProblem, HypergradientEstimator, all_facts, combined
@@ -98,14 +98,15 @@ class ImplicitDifferentiation(HypergradientEstimator):
     def estimate(self, problem: BilevelProblem, outer_loss: Tensor) -> list[Tensor | None]:
         self.check(problem)
         # b and c first: evaluating the closure may bump versions that the outer graph has saved.
-        b_parts, direct = problem.outer_gradients(outer_loss)
+        first_order = isinstance(self.curvature, FirstOrderCurvature)
+        b_parts, direct = problem.outer_gradients(outer_loss, plain=first_order)
         objective = problem.known_objective()
         layout = FlatLayout(problem.inner_parameters)
         facts = all_facts(self._prober, problem)
         self._notice_jump(layout.flatten([p.detach() for p in problem.inner_parameters]))
         b = layout.flatten(b_parts)
-        with objective.world:
-            f = InnerFunction(problem, objective, self.curvature, facts.sign)
+        with objective.plain_world if first_order else objective.world:
+            f = self._function(problem, objective, facts.sign)
             decay = _as_vector(facts.decay, layout)
             if self.ihvp.observes and not (f.penalty is None and decay is None):
                 penalty = torch.zeros_like(b[0]) if f.penalty is None else f.penalty
@@ -118,7 +119,9 @@ class ImplicitDifferentiation(HypergradientEstimator):
                 if mask is not None:
                     operator, b = Moving(operator, mask), mask * b
                 solution, cross = self._solve(operator, b)
-            check = self._self_check(problem, objective, f)
+            check = None
+            if isinstance(f, InnerFunction):
+                check = self._self_check(problem, objective, f)
         gradient = f.gradient
         if decay is not None:
             theta = layout.flatten([p.detach() for p in problem.inner_parameters])
@@ -128,6 +131,7 @@ class ImplicitDifferentiation(HypergradientEstimator):
             report,
             loss=f.loss,
             precision=f.precision,
+            kink=f.kink,
             self_check=check,
             notes=report.notes + facts.notes,
         )
@@ -140,6 +144,13 @@ class ImplicitDifferentiation(HypergradientEstimator):
             "the direct term ∂g/∂φ alone. Implicit differentiation cannot tune what does not enter "
             "the training loss.",
         )
+
+    def _function(
+        self, problem: BilevelProblem, objective: InnerObjective, sign: float
+    ) -> InnerFunction | PlainFunction:
+        if isinstance(self.curvature, FirstOrderCurvature):
+            return PlainFunction(problem, objective, self.curvature, sign)
+        return InnerFunction(problem, objective, self.curvature, sign)
 
     def _self_check(
         self, problem: BilevelProblem, objective: InnerObjective, f: InnerFunction

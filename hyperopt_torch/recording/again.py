@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._graph import graph_nodes
 from .age import older, reaches, sequence_number
@@ -38,7 +38,7 @@ OUTSIDE = (
 )
 
 
-def again(record: Record, streams: Streams | None = None) -> Evaluation:
+def again(record: Record, streams: Streams | None = None, *, twice: bool = True) -> Evaluation:
     """The training loss once more, its graph alive, at whatever θ and φ are now.
 
     The closure finds its variables, the attributes of its object, the modes of its modules and the
@@ -49,12 +49,14 @@ def again(record: Record, streams: Streams | None = None) -> Evaluation:
     Args:
         streams: where the random streams shall stand instead, for an optimizer that evaluates
             several times a step; each evaluation leaves in ``record.reader.end`` where it ended.
+        twice: whether the graph is to be differentiated twice. Otherwise fused attention and
+            compiled modules run as they do in training.
 
     Raises:
         RuntimeError: the closure met another batch than then, and that is explained by none of
             these; or it draws from an iterator, and nothing shows that the batch is the same.
     """
-    with record.closure.restoring() as present, _twice_differentiable():
+    with record.closure.restoring() as present, _twice_differentiable(twice):
         put_modes(present, record.modules)
         _keep_streams(present, record.reader)
         record.reader.put(record.streams if streams is None else streams)
@@ -87,10 +89,62 @@ def again(record: Record, streams: Streams | None = None) -> Evaluation:
     return evaluation
 
 
-def again_in_the_present(train_loss: TrainLoss) -> Evaluation:
+def again_in_the_present(train_loss: TrainLoss, *, twice: bool = True) -> Evaluation:
     """A closure that is on no record, or a loss, in a form that can be differentiated twice."""
-    with _twice_differentiable():
+    with _twice_differentiable(twice):
         return evaluate(train_loss)
+
+
+class PlainWorld:
+    """The same around first gradients alone, without global hooks and with no buffer replaced.
+
+    Compiled modules would be compiled anew for either. Buffers of the modules on record are written
+    in place instead, past their version counters, and written back.
+    """
+
+    def __init__(self, records: Sequence[Record]) -> None:
+        self._modules, self._records = _earliest(records), records
+        self._present = Restoring()
+
+    def __enter__(self) -> PlainWorld:
+        self._present.__enter__()
+        try:
+            _keep_streams(self._present, self._records[0].reader)
+            put_modes(self._present, self._modules)
+        except BaseException:
+            self._present.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._present.__exit__(*error)
+
+    def fresh(self) -> Restoring:
+        """Inside: the values of the buffers that the first record met; outside, those of now."""
+        present = Restoring()
+        for module, state in self._modules.items():
+            buffers = dict(module._buffers.items())
+            present.finally_do(_buffers_back(module, buffers))
+            for name, copy in state.buffers.items():
+                buffer = buffers.get(name)
+                if buffer is not None and buffer.shape == copy.value.shape:
+                    buffer.data.copy_(copy.value)
+        return present
+
+
+def _buffers_back(module: nn.Module, own: dict[str, Tensor | None]) -> Callable[[], None]:
+    values = {name: None if b is None else b.detach().clone() for name, b in own.items()}
+
+    def undo() -> None:
+        for name in [name for name in module._buffers if name not in own]:
+            del module._buffers[name]  # made by a forward inside
+        for name, buffer in own.items():
+            module._buffers[name] = buffer
+            value = values[name]
+            if buffer is not None and value is not None:
+                buffer.data.copy_(value)
+
+    return undo
 
 
 class World:
@@ -161,7 +215,10 @@ def _put_aside(present: Restoring, tensor: Tensor) -> None:
 
 
 @contextmanager
-def _twice_differentiable() -> Iterator[None]:
+def _twice_differentiable(wanted: bool = True) -> Iterator[None]:
+    if not wanted:
+        yield
+        return
     with _attention_by_matrix_products(), _uncompiled():
         yield
 

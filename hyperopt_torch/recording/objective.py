@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from .again import World, again, again_in_the_present
+from .again import PlainWorld, World, again, again_in_the_present
 from .closure import Evaluation, TrainLoss
 from .step import Record
 
@@ -18,23 +18,26 @@ class InnerObjective:
     Attributes:
         terms: (w_i, evaluation of f_i) for each; evaluated inside ``world``.
         world: the context around everything that evaluates or differentiates them.
+        plain_world: the same where they are differentiated only once.
         repeatable: whether it can be evaluated more than once.
     """
 
     def __init__(
         self,
-        terms: Sequence[tuple[float, Callable[[], Evaluation]]],
+        terms: Sequence[tuple[float, Callable[..., Evaluation]]],
         world: World,
         repeatable: bool = True,
+        plain_world: PlainWorld | None = None,
     ) -> None:
         self.terms, self.world, self.repeatable = list(terms), world, repeatable
+        self.plain_world = plain_world or world
 
     @classmethod
     def on_record(cls, records: Sequence[Record], device: torch.device) -> InnerObjective:
         """The records of one inner step: the mean, or Σ w_i f_i where weights were given."""
         pairs = zip(weights(records), records, strict=True)
         terms = [(weight, partial(again, record)) for weight, record in pairs]
-        return cls(terms, World(records, device))
+        return cls(terms, World(records, device), plain_world=PlainWorld(records))
 
     @classmethod
     def given(cls, train_loss: TrainLoss, device: torch.device) -> InnerObjective:
