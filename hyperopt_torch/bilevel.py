@@ -12,13 +12,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from ._default import default_estimator
 from ._graph import graph_nodes, short_way_is_safe, without_parameter_hooks
 from ._tensors import inner_product
 from .curvature import Curvature
+from .distributed import Group, group_of
 from .errors import HypergradientError, HypergradientWarning, check_choice, check_number
 from .estimators import BilevelProblem, HypergradientEstimator, ImplicitDifferentiation
 from .estimators._moving import hook_zeros
@@ -77,6 +78,10 @@ class BilevelOptimizer:
             not finite is never stepped along, whatever is chosen.
         self_check: whether the first hypergradient holds a product against differences of
             gradients, at the cost of two gradients.
+        process_group: the processes that share the inner problem, each with all parameters and its
+            own batch, whose union is meant: a ``torch.distributed`` group, or False where each
+            solves its own. None: those of the ``DistributedDataParallel`` that the training closure
+            calls; a RuntimeError where there are several processes and none is called.
 
     Raises:
         TypeError: ``inner`` or ``outer`` is no ``torch.optim.Optimizer``.
@@ -108,6 +113,7 @@ class BilevelOptimizer:
         max_grad_norm: float | None = None,
         on_trouble: str = "warn",
         self_check: bool = True,
+        process_group: Any = None,
     ) -> None:
         several = isinstance(inner, (list, tuple))
         steppers: list[Optimizer] = list(inner) if several else [inner]  # type: ignore[list-item, arg-type]
@@ -136,6 +142,7 @@ class BilevelOptimizer:
         )
         self.on_trouble = check_choice("on_trouble", on_trouble, ("warn", "raise", "ignore"))
         self.self_check = bool(self_check)
+        self.process_group = process_group
         self._steppers = steppers
         self._real = [unwrapped(optimizer) for optimizer in steppers]
         self._said: set[str] = set()
@@ -158,6 +165,7 @@ class BilevelOptimizer:
         self._records: list[Record] = []  # those of the last step: the inner problem
         self._unseen = False  # the loss of this step was a tensor: there is no closure
         self._outer_grads: list[tuple[Tensor, Tensor | None]] = []  # while the trainer runs
+        self._shared: tuple[bool, Group | None] | None = None  # whether modules were known, then
         self._versions: list[tuple[Tensor, int]] = []  # of gradients, after our own backward
         self._hook_zeros: dict[int, Tensor] = {}
         self._now: BilevelProblem | None = None  # while an inner step of ours is under way
@@ -603,7 +611,6 @@ class BilevelOptimizer:
         keep_outer_graph: bool = False,
     ) -> list[tuple[Tensor, Tensor | None]]:
         self._put_outer_grads_back()
-        _check_one_process(self._records if train_loss is None else [])
         problem = BilevelProblem(
             self._real,
             self.outer,
@@ -614,6 +621,7 @@ class BilevelOptimizer:
             hook_zeros=self._hook_zeros,
             self_check=self.self_check,
             reader=self._recorder.reader,
+            group=self._group(),
         )
         parameters = [*problem.inner_parameters, *problem.outer_parameters]
         with settled(), torch.enable_grad(), without_parameter_hooks(parameters):
@@ -621,6 +629,19 @@ class BilevelOptimizer:
         assert self.estimator.report is not None
         self.estimator.report, found = judged(self.estimator.report, found, val_loss)
         return list(zip(problem.outer_parameters, found, strict=True))
+
+    def _group(self) -> Group | None:
+        """The processes that share the inner problem; known since its modules were called."""
+        modules = [module for record in self._records for module in record.modules]
+        if self._shared is None or self._shared[0] != bool(modules):
+            group = group_of(self.process_group, modules)
+            if group is not None and not self.estimator.averages:
+                raise RuntimeError(
+                    f"{type(self.estimator).__name__} does not average over processes: each would "
+                    "get another hypergradient. Use ImplicitDifferentiation(...), or one process."
+                )
+            self._shared = bool(modules), group
+        return self._shared[1]
 
     def _scale(self) -> Tensor | None:
         if self.grad_scaler is None or not self.grad_scaler.is_enabled():
@@ -743,27 +764,6 @@ def _check_optimizers(inner: Sequence[Any], outer: Any) -> None:
         raise ValueError(
             "An inner optimizer that evaluates the loss itself, such as LBFGS, cannot step "
             "together with others."
-        )
-
-
-def _check_one_process(records: Sequence[Record]) -> None:
-    """RuntimeError where several processes hold a share of the inner problem each."""
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return
-    if torch.distributed.get_world_size() == 1:
-        return
-    wrappers = (nn.parallel.DistributedDataParallel,)
-    sharded = any(
-        isinstance(module, wrappers) or any(hasattr(p, "placements") for p in module.parameters())
-        for record in records
-        for module in record.modules
-    )
-    if sharded:
-        raise RuntimeError(
-            "The inner problem is spread over several processes (DistributedDataParallel, FSDP), "
-            "which the products do not know of yet: each process would get another hypergradient. "
-            "Run the bilevel loop in one process, or give outer_step a training closure over the "
-            "whole data and the module inside, ddp.module."
         )
 
 

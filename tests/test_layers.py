@@ -13,7 +13,7 @@ LAYERS = [
     {"recording", "inner_optimizer"},
     {"inner_gradient", "plain_gradient"},
     {"operators"},
-    {"curvature", "ihvp"},
+    {"curvature", "ihvp", "distributed"},
     {"estimators"},
     {"_default"},
     {"bilevel", "functional", "health"},

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from .._graph import check_differentiable, explained
 from .._tensors import dense, trainable
+from ..distributed import Group
 from ..inner_optimizer import Facts, Prober, learned, parameters_of
 from ..plain_gradient import plain_gradients
 from ..recording import OUTSIDE, Evaluation, InnerObjective, Record, StreamReader, World
@@ -36,6 +37,7 @@ class BilevelProblem:
         untouched: whether ``.grad`` is known to be as the backward pass left it.
         self_check: whether to hold the first products against differences of gradients.
         reader: of the random streams, where there is one that knows where they stand.
+        group: the processes that share the inner problem, each with its own batch; None: this one.
     """
 
     inner: Sequence[Optimizer]
@@ -48,6 +50,7 @@ class BilevelProblem:
     untouched: bool = False
     self_check: bool = False
     reader: StreamReader | None = None
+    group: Group | None = None
 
     def __post_init__(self) -> None:
         self.inner_parameters = trainable(p for o in self.inner for p in parameters_of(o))
@@ -247,6 +250,7 @@ class HypergradientEstimator(ABC):
     """
 
     report: SolveReport | None = None
+    averages: bool = False  # whether :meth:`estimate` gives the answer of the whole group
 
     def claim(self, owner: object) -> None:
         """Refuses to serve two owners at once, where a memory would be mixed up."""

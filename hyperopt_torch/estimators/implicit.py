@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .._tensors import FlatLayout, inner_product
 from ..curvature import Curvature, FirstOrderCurvature, Hessian
+from ..distributed import Averaged, Group
 from ..ihvp import IHVP, Solution
 from ..ihvp.base import InnerStep
 from ..inner_optimizer import Prober
@@ -44,6 +45,8 @@ class ImplicitDifferentiation(HypergradientEstimator):
     also gives the true residual for the report.
     """
 
+    averages = True
+
     def __init__(self, ihvp: IHVP, curvature: Curvature | None = None) -> None:
         if not isinstance(ihvp, IHVP):
             raise TypeError(f"ihvp must be a strategy object such as Nystrom(); got {ihvp!r}.")
@@ -53,7 +56,7 @@ class ImplicitDifferentiation(HypergradientEstimator):
         self.curvature = curvature or Hessian()
         self._theta: Tensor | None = None  # of the last estimate, for a strategy that follows θ
         self._rows: list[InnerStep] = []  # what before_backward knows of the step under way
-        self._checked = False
+        self._checked = self._agreed = False
         self._prober = Prober()
 
     @property
@@ -100,6 +103,11 @@ class ImplicitDifferentiation(HypergradientEstimator):
         # b and c first: evaluating the closure may bump versions that the outer graph has saved.
         first_order = isinstance(self.curvature, FirstOrderCurvature)
         b_parts, direct = problem.outer_gradients(outer_loss, plain=first_order)
+        group = problem.group
+        if group is not None:
+            self._agree(group, device=outer_loss.device)
+            means = group.mean_where([*b_parts, *direct])
+            b_parts, direct = means[: len(b_parts)], means[len(b_parts) :]
         objective = problem.known_objective()
         layout = FlatLayout(problem.inner_parameters)
         facts = all_facts(self._prober, problem)
@@ -112,6 +120,8 @@ class ImplicitDifferentiation(HypergradientEstimator):
                 penalty = torch.zeros_like(b[0]) if f.penalty is None else f.penalty
                 self.ihvp.observe_penalty(penalty if decay is None else penalty + decay.mean())
             operator = f.operator
+            if group is not None:
+                operator = Averaged(operator, group)
             with torch.no_grad():
                 if decay is not None:
                     operator = Shifted(operator, decay)
@@ -126,12 +136,17 @@ class ImplicitDifferentiation(HypergradientEstimator):
         if decay is not None:
             theta = layout.flatten([p.detach() for p in problem.inner_parameters])
             gradient = gradient + decay * theta
+        loss, kink = f.loss, f.kink
+        if group is not None:  # a few numbers, so that what one process meets all of them know
+            size = inner_product(gradient, gradient).sqrt()
+            loss, value, size = group.mean([loss, outer_loss, size])
+            loss, gradient = loss + 0 * value, size[None]
         report = self._report(solution, operator, b, gradient)
         self.report = replace(
             report,
-            loss=f.loss,
+            loss=loss,
             precision=f.precision,
-            kink=f.kink,
+            kink=kink,
             self_check=check,
             notes=report.notes + facts.notes,
         )
@@ -144,6 +159,17 @@ class ImplicitDifferentiation(HypergradientEstimator):
             "the direct term ∂g/∂φ alone. Implicit differentiation cannot tune what does not enter "
             "the training loss.",
         )
+
+    def _agree(self, group: Group, device: torch.device) -> None:
+        """Once: the same seeds in every process; and an error where a memory is each one's own."""
+        if self.ihvp.observes:
+            raise RuntimeError(
+                f"{type(self.ihvp).__name__} learns from the inner steps of each process, which "
+                "differ: use a strategy that does not, or one process."
+            )
+        if not self._agreed:
+            self._agreed = True
+            self.ihvp.reseed(lambda seed: group.seed(seed, device))
 
     def _function(
         self, problem: BilevelProblem, objective: InnerObjective, sign: float

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -103,6 +103,13 @@ class Memory:
                 yield
         finally:
             self.state = kept
+
+    def reseed(self, agreed: Callable[[int], int]) -> None:
+        """Replaces every seed by ``agreed(seed)``: several processes must draw the same."""
+        if "seed" in self.state:
+            self._seed = self.state["seed"] = agreed(int(self.state["seed"]))
+        for part in self._parts().values():
+            part.reseed(agreed)
 
     def begin(self) -> None:
         """Takes note that a new inner problem like the last one begins, as a new task does."""

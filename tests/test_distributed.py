@@ -1,0 +1,159 @@
+"""Two and four processes (gloo), each with its part of the data: the answer is the union's."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from hyperopt_torch import (
+    CG,
+    NHGD,
+    PZOBO,
+    BilevelOptimizer,
+    DenseSolve,
+    FiniteDifference,
+    GaussNewton,
+    Identity,
+    LancBiO,
+    Neumann,
+    Nystrom,
+    NystromPCG,
+    RecycledCG,
+    SubBiO,
+    Unrolled,
+)
+
+SAMPLES = 16
+STRATEGIES = {
+    "default": lambda: {},
+    "nystrom": lambda: {"ihvp": Nystrom(5)},
+    "nystrom-space": lambda: {"ihvp": Nystrom(5, 0.1, chunk_size=2)},
+    "nystrom-gaussian": lambda: {"ihvp": Nystrom(5, sketch="gaussian")},
+    "cg": lambda: {"ihvp": CG(8, damping=0.2, warm_start=True)},
+    "cg-auto": lambda: {"ihvp": CG(5, tol=0.0, damping="auto"), "curvature": GaussNewton()},
+    "neumann": lambda: {"ihvp": Neumann(8, damping=0.2)},
+    "nystrom-pcg": lambda: {"ihvp": NystromPCG(5, damping=0.2)},
+    "recycled-cg": lambda: {"ihvp": RecycledCG(10, damping=0.2), "curvature": GaussNewton()},
+    "lancbio": lambda: {"ihvp": LancBiO(5, damping=0.2)},
+    "subbio": lambda: {"ihvp": SubBiO(0.5, damping=0.2)},
+    "identity": lambda: {"ihvp": Identity()},
+    "dense": lambda: {"ihvp": DenseSolve(0.2)},
+    "differences": lambda: {"ihvp": CG(5, damping=0.2), "curvature": FiniteDifference()},
+    "differences-nystrom": lambda: {"ihvp": Nystrom(5), "curvature": FiniteDifference()},
+}
+
+
+def run(settings: dict, rank: int, world: int, wrapped: bool = True, **options) -> torch.Tensor:
+    """Outer parameters after five outer steps, and the inner ones: hyper-cleaning of a tanh MLP."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    data = torch.randn(2, SAMPLES, 4, dtype=torch.float64)
+    labels = torch.randint(3, (2, SAMPLES))
+    decay = torch.full((4,), -2.0, dtype=torch.float64, requires_grad=True)
+    part = slice(rank * SAMPLES // world, (rank + 1) * SAMPLES // world)
+    torch.manual_seed(rank)  # processes differ in this, as they do where data is drawn
+    model = DistributedDataParallel(net) if world > 1 and wrapped else net
+    bo = BilevelOptimizer(
+        torch.optim.SGD(net.parameters(), lr=0.3, momentum=0.5),
+        torch.optim.SGD([decay], lr=0.5),
+        **settings,
+        **options,
+    )
+
+    def train():
+        outputs = model(data[0, part])
+        groups = [p.square().sum() for p in net.parameters()]
+        return F.cross_entropy(outputs, labels[0, part]) + decay.exp() @ torch.stack(
+            groups
+        ), outputs
+
+    for _ in range(5):
+        for _ in range(4):
+            bo.inner_step(train)
+        bo.outer_step(F.cross_entropy(model(data[1, part]), labels[1, part]))
+    group = bo._group()
+    messages = group.messages if group else 0
+    state = torch.cat([decay.detach(), *(p.detach().flatten() for p in net.parameters())])
+    return torch.cat([state, torch.tensor([float(messages), float(bo.report.matvecs)])])
+
+
+def refusal(make) -> str:
+    try:
+        make()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def worker(rank: int, world: int, folder: str) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world
+    )
+    found: dict = {}
+    for name, make in STRATEGIES.items():
+        torch.manual_seed(7 + rank)  # a seed for each process: the strategies must agree on one
+        found[name] = run(make(), rank, world)
+    group = dist.group.WORLD
+    found["refused"] = {
+        "nhgd": refusal(lambda: run({"ihvp": NHGD(8)}, rank, world)),
+        "unrolled": refusal(lambda: run({"estimator": Unrolled()}, rank, world)),
+        "pzobo": refusal(lambda: run({"estimator": PZOBO()}, rank, world)),
+        "unknown": refusal(lambda: run({}, rank, world, wrapped=False)),
+        "own": refusal(lambda: run({}, rank, world, wrapped=False, process_group=False)),
+        "given": refusal(lambda: run({}, rank, world, process_group=group)),
+    }
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, torch.Tensor]:
+    found = {}
+    for name, make in STRATEGIES.items():
+        torch.manual_seed(7)  # that of the first process
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found[name] = run(make(), 0, 1)
+    return found
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_processes_give_what_one_gives_on_all_data(world, alone, tmp_path: Path):
+    torch.multiprocessing.spawn(worker, (world, str(tmp_path)), world)
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world)]
+    for name, expected in alone.items():
+        for found in ranks:
+            assert torch.equal(found[name], ranks[0][name]), f"{name}: processes differ"
+        far = (ranks[0][name][:-2] - expected[:-2]).norm() / expected[:-2].norm()
+        assert far < (1e-6 if "differences" in name else 1e-10), name
+        messages, products = ranks[0][name][-2:].tolist()
+        if name in ("identity", "nystrom", "subbio"):
+            batched = {"identity": 1, "nystrom": 2, "subbio": 4}[name]
+            # b and c, the numbers of the report; and one a product, or one for a batch of them
+            assert messages <= 5 * (2 + batched)
+        assert messages <= 5 * (2 + 25 + products)
+    refused = ranks[0]["refused"]
+    assert "learns from the inner steps of each process" in refused["nhgd"]
+    assert "does not average over processes" in refused["unrolled"]
+    assert "does not average over processes" in refused["pzobo"]
+    assert "process_group=torch.distributed.group.WORLD" in refused["unknown"]
+    assert refused["own"] == refused["given"] == ""
+
+
+def test_a_group_without_processes_is_refused():
+    w, phi = (torch.ones(1, requires_grad=True) for _ in range(2))
+    bo = BilevelOptimizer(
+        torch.optim.SGD([w], lr=0.1), torch.optim.SGD([phi], lr=0.1), process_group=object()
+    )
+    bo.inner_step(lambda: (w - phi).square().sum())
+    with pytest.raises(RuntimeError, match="init_process_group"):
+        bo.outer_step(w.sum())
