@@ -76,7 +76,8 @@ def refusal(operation: str) -> NoSecondDerivative:
             break
     return NoSecondDerivative(
         f"The training loss went through {what}, which has no second derivative in torch{instead}. "
-        f"{_ANOTHER}. Or use estimator=PZOBO(), which needs no second derivative."
+        f"{_ANOTHER}. Or use curvature=FiniteDifference() or estimator=PZOBO(), which need no "
+        "second derivative."
     )
 
 

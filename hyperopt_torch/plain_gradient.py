@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._graph import graph_dtypes, graph_leaves, graph_nodes
-from ._tensors import FlatLayout, inner_product
+from ._tensors import FlatLayout
 from .recording import Evaluation, Restoring
 
 # h, the step along x as a part of the size of θ, by the precision that f computes in.
@@ -76,7 +76,7 @@ class PlainGradient:
         self.step = _STEPS.get(coarsest, _COARSE_STEP) if step is None else step
         eps = torch.finfo(coarsest).eps
         self.precision = eps if eps > torch.finfo(self.layout.dtype).eps else None
-        self._rounding = _NOISE * eps * inner_product(self.gradient, self.gradient).sqrt()
+        self._rounding = _NOISE * eps * torch.linalg.vector_norm(self.gradient)
         self.kink = torch.zeros_like(self._rounding)
 
     def differences(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,13 +89,13 @@ class PlainGradient:
             plus, cross_plus = self._gradients()
         with self._beside(parts, epsilon, -1.0):
             minus, cross_minus = self._gradients()
-        apart, bend = plus - minus, plus + minus - 2 * self.gradient
-        length = inner_product(apart, apart).sqrt() + self._rounding
-        bent = inner_product(bend, bend).sqrt() / torch.where(length > 0, length, 1.0)
+        bend = (plus + minus).sub_(self.gradient, alpha=2)
+        apart = plus.sub_(minus)
+        length = torch.linalg.vector_norm(apart) + self._rounding
+        bent = torch.linalg.vector_norm(bend) / torch.where(length > 0, length, 1.0)
         self.kink = torch.maximum(self.kink, bent)
-        return apart / (2 * epsilon), (cross_plus - cross_minus) / (2 * epsilon).to(
-            cross_plus.dtype
-        )
+        width = 2 * epsilon
+        return apart.div_(width), (cross_plus - cross_minus) / width.to(cross_plus.dtype)
 
     @contextmanager
     def _beside(self, parts: Sequence[Tensor], epsilon: Tensor, side: float) -> Iterator[None]:
@@ -116,9 +116,8 @@ class PlainGradient:
 
     def _gradients(self, first: bool = False) -> tuple[Tensor, Tensor]:
         """(∇_θ f, ∇_φ f) where θ is now."""
-        theta = torch.zeros(self.layout.n, dtype=self.layout.dtype, device=self.layout.device)
-        h = self.outer_layout
-        phi = torch.zeros(h.n, dtype=h.dtype, device=h.device)
+        theta: Tensor | None = None
+        phi: Tensor | None = None
         for weight, evaluate in self._terms:
             with torch.enable_grad():
                 loss = evaluate().loss
@@ -127,11 +126,17 @@ class PlainGradient:
                 factor = self._sign * weight * self._scale
                 grads = plain_gradients(loss * factor, [*self.inner, *self.outer])
                 split = len(self.inner)
-                theta = theta + self.layout.flatten(grads[:split])
-                phi = phi + self.outer_layout.flatten(grads[split:])
+                part = _flat(self.layout, grads[:split])
+                cross = _flat(self.outer_layout, grads[split:])
+                theta = part if theta is None else theta + part
+                phi = cross if phi is None else phi + cross
             if first:
                 self._note(loss, weight, grads)
-        return theta / self._scale, phi / self._scale
+        assert theta is not None
+        assert phi is not None
+        if isinstance(self._scale, Tensor) or self._scale != 1:
+            theta, phi = theta / self._scale, phi / self._scale
+        return theta, phi
 
     def _note(
         self,
@@ -148,6 +153,12 @@ class PlainGradient:
         self.loss = self.loss + weight * loss.detach()
         pairs = zip(self.reached, grads[split:], strict=True)
         self.reached = [known or g is not None for known, g in pairs]
+
+
+def _flat(layout: FlatLayout, grads: Sequence[Tensor | None]) -> Tensor:
+    flat = layout.flatten(grads)
+    # Of one tensor it may be the gradient itself, and that a part of a bucket.
+    return flat.clone() if len(grads) == 1 else flat
 
 
 def size_of(parameter: Tensor) -> Tensor:
