@@ -28,6 +28,7 @@ SMALL = {
     "learn_learning_rate": ["--steps", "20", "--grid-lr", "0.001", "--grid-decay", "1e-4"],
     "nhgd": ["--outer-steps", "5"],
     "hyper_cleaning": ["--steps", "20", "--train", "100"],
+    "distributed_cleaning": ["--steps", "20"],
     "low_rank_inverse": [],
     "weight_decay": ["--seeds", "0", "--outer-steps", "2"],
 }
