@@ -56,6 +56,7 @@ AT = {  # kind -> (fields that have it, fields that just do not)
         ({"self_check": check(product=NAN)}, {"self_check": None}),
         ({"self_check": check(cross=1.0, kink=None)}, {"self_check": check(cross=1.0, kink=0.5)}),
     ],
+    "kink": [({"kink": torch.tensor(0.5)}, {"kink": torch.tensor(0.1)})],
     "unstable": [({"growth": 101.0}, {"growth": 100.0})],
     "astray": [({"astray": torch.tensor(1)}, {"astray": torch.tensor(0)})],
     "negative_curvature": [({"negative_curvature": True}, {"negative_curvature": False})],

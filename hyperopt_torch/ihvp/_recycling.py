@@ -64,9 +64,9 @@ class RecycledPairs(Preconditioner):
         s, rows = self.state, 2 * self.slots + 1
         R: Tensor | None = s.get("rows")
         if R is None or (R.shape[1], R.dtype, R.device) != (len(like), like.dtype, like.device):
-            R = s["rows"] = like.new_zeros(rows, len(like))
-            s.update(gram=torch.zeros(rows, rows, dtype=torch.float64, device="cpu"), count=0)
-            s["unit"] = None
+            R = like.new_zeros(rows, len(like))
+            G = torch.zeros(rows, rows, dtype=torch.float64, device="cpu")
+            s.update(rows=R, gram=G, count=0, unit=None)  # at once, whatever interrupts
         # A saved state may come back on another device: G is for the host.
         s["gram"] = s["gram"].to("cpu")
         return R
