@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 
 from ._default import default_estimator
 from ._graph import graph_nodes, short_way_is_safe, without_parameter_hooks
-from ._tensors import inner_product
+from ._room import explained_shortage, shortage
+from ._tensors import FlatLayout, inner_product
 from .curvature import Curvature
 from .distributed import Group, group_of
 from .errors import HypergradientError, HypergradientWarning, check_choice, check_number
@@ -165,6 +166,7 @@ class BilevelOptimizer:
         self._records: list[Record] = []  # those of the last step: the inner problem
         self._unseen = False  # the loss of this step was a tensor: there is no closure
         self._outer_grads: list[tuple[Tensor, Tensor | None]] = []  # while the trainer runs
+        self._weighed = False  # whether the memory of a solve was compared with what is free
         self._shared: tuple[bool, Group | None] | None = None  # whether modules were known, then
         self._versions: list[tuple[Tensor, int]] = []  # of gradients, after our own backward
         self._hook_zeros: dict[int, Tensor] = {}
@@ -624,7 +626,19 @@ class BilevelOptimizer:
             group=self._group(),
         )
         parameters = [*problem.inner_parameters, *problem.outer_parameters]
-        with settled(), torch.enable_grad(), without_parameter_hooks(parameters):
+        n = sum(p.numel() for p in problem.inner_parameters)
+        vectors = self.estimator.vectors
+        if not self._weighed and vectors is not None and self.on_trouble != "ignore":
+            self._weighed = True
+            lack = shortage(vectors, n, FlatLayout(problem.inner_parameters).dtype, self._device)
+            if lack is not None:
+                warnings.warn(lack, HypergradientWarning, stacklevel=3)
+        with (
+            explained_shortage(vectors, n),
+            settled(),
+            torch.enable_grad(),
+            without_parameter_hooks(parameters),
+        ):
             found = self.estimator.estimate(problem, val_loss)
         assert self.estimator.report is not None
         self.estimator.report, found = judged(self.estimator.report, found, val_loss)

@@ -8,7 +8,7 @@ PACKAGE = Path(__file__).parent.parent / "hyperopt_torch"
 
 # A module may import from groups below its own.
 LAYERS = [
-    {"_tensors", "errors", "report", "_refusals"},
+    {"_tensors", "errors", "report", "_refusals", "_room"},
     {"_graph", "_half"},
     {"recording", "inner_optimizer"},
     {"inner_gradient", "plain_gradient"},

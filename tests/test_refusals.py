@@ -206,12 +206,17 @@ def compiled_module():
     return Case(layer.parameters(), lambda: compiled(x)), "`model._orig_mod`"
 
 
-@torch.library.custom_op("hyperopt_torch_tests::cube", mutates_args=())
+# With a schema: older releases cannot read one from annotations that are strings.
+@torch.library.custom_op(
+    "hyperopt_torch_tests::cube", mutates_args=(), schema="(Tensor x) -> Tensor"
+)
 def cube(x: torch.Tensor) -> torch.Tensor:
     return x**3
 
 
-@torch.library.custom_op("hyperopt_torch_tests::cube_backward", mutates_args=())
+@torch.library.custom_op(
+    "hyperopt_torch_tests::cube_backward", mutates_args=(), schema="(Tensor x, Tensor g) -> Tensor"
+)
 def cube_backward(x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
     return 3 * x**2 * g
 

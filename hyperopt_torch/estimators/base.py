@@ -278,6 +278,11 @@ class HypergradientEstimator(ABC):
         """Called after each inner step: parameters are where the optimizer has put them."""
 
     @property
+    def vectors(self) -> int | None:
+        """About how many vectors of n entries an estimate holds; None where that is not known."""
+        return None
+
+    @property
     def observes(self) -> bool:
         """Whether :meth:`observe` does anything; a step need not prepare for it otherwise."""
         return type(self).observe is not HypergradientEstimator.observe

@@ -60,6 +60,10 @@ class ImplicitDifferentiation(HypergradientEstimator):
         self._prober = Prober()
 
     @property
+    def vectors(self) -> int:
+        return self.ihvp.vectors
+
+    @property
     def observes(self) -> bool:
         return self.ihvp.observes
 

@@ -104,6 +104,11 @@ class Memory:
         finally:
             self.state = kept
 
+    @property
+    def vectors(self) -> int:
+        """About how many vectors of n entries are held at the peak of a solve; by default 8."""
+        return 8
+
     def reseed(self, agreed: Callable[[int], int]) -> None:
         """Replaces every seed by ``agreed(seed)``: several processes must draw the same."""
         if "seed" in self.state:

@@ -50,6 +50,10 @@ class RecycledPairs(Preconditioner):
         self.corrections = check_count("corrections", corrections, minimum=0)
         self.spare = check_count("spare", spare, minimum=0)
 
+    @property
+    def vectors(self) -> int:
+        return 2 * self.slots + 1
+
     _lent: tuple[Tensor, dict[int, Tensor]] | None = None  # R, and its slots as they were
 
     @property

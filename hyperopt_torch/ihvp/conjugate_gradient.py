@@ -79,6 +79,14 @@ class ConjugateGradient(IHVP):
             )
         self.preconditioner = preconditioner
 
+    @property
+    def vectors(self) -> int:
+        return (
+            5
+            if self.preconditioner is None
+            else self.preconditioner.vectors + 3 * self.max_iter + 8
+        )
+
     def solve(self, operator: LinearOperator, rhs: Tensor) -> Solution:
         if self.preconditioner is not None:
             return self._preconditioned(operator, rhs, self.preconditioner)

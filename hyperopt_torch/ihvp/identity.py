@@ -44,6 +44,10 @@ class Identity(IHVP):
         self.scale = None if scale is None else check_number("scale", scale, positive=True)
         self.rescale = scale is None if rescale is None else bool(rescale)
 
+    @property
+    def vectors(self) -> int:
+        return 1
+
     def solve(self, operator: LinearOperator, rhs: Tensor) -> Tensor | Solution:
         x = rhs if self.scale is None else self.scale * rhs
         return rescaled(operator, self.damping, rhs, x) if self.rescale else x

@@ -85,6 +85,10 @@ class LancBiO(IHVP):
         self._set_damping(damping)
         self.safeguard = bool(safeguard)
 
+    @property
+    def vectors(self) -> int:
+        return 2 * self.subspace_dim + 8
+
     def solve(self, operator: LinearOperator, rhs: Tensor) -> Tensor | Solution:
         A = self.damped(operator, rhs)
         if not self._fits(rhs):
@@ -350,6 +354,10 @@ class SubBiO(IHVP):
         super().__init__()
         self.step_size = check_number("step_size", step_size, positive=True)
         self._set_damping(damping)
+
+    @property
+    def vectors(self) -> int:
+        return 14
 
     def solve(self, operator: LinearOperator, rhs: Tensor) -> Solution:
         A = self.damped(operator, rhs)

@@ -62,6 +62,10 @@ class Neumann(IHVP):
         )
         self._set_damping(damping)
 
+    @property
+    def vectors(self) -> int:
+        return 31 if self.scale == "auto" else 4
+
     def solve(self, operator: LinearOperator, rhs: Tensor) -> Solution:
         A = self.damped(operator, rhs)
         alpha = self._alpha(A, rhs)

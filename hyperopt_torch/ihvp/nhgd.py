@@ -114,6 +114,10 @@ class NHGD(IHVP, Preconditioner):
             return DiagonalFisher(rule, self.decay)
         return WindowFisher(rule, self.decay, self.window)
 
+    @property
+    def vectors(self) -> int:
+        return self.window + 19 if self.structure == "window" else 8
+
     def initial_state(self) -> dict[str, Any]:
         return {"n": 0, "steps": 0, "penalty": 0.0}
 

@@ -85,6 +85,10 @@ class Nystrom(IHVP):
         self.solver = check_choice("solver", solver, ("stable", "woodbury"))
         self.rescale = self.damping == AUTO if rescale is None else bool(rescale)
 
+    @property
+    def vectors(self) -> int:
+        return 4 * self.rank + 2 if self.chunk_size is None else 4 * self.chunk_size - 2
+
     def initial_state(self) -> dict[str, Any]:
         return {"seed": self._seed, "draws": 0}
 

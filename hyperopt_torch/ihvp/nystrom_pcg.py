@@ -42,6 +42,10 @@ class NystromSketch(Preconditioner):
     def initial_state(self) -> dict[str, Any]:
         return {"seed": self._seed, "draws": 0}
 
+    @property
+    def vectors(self) -> int:
+        return 4 * self.rank
+
     def refresh(self, operator: LinearOperator) -> bool:
         """Draws a new sketch; whether H showed negative eigenvalues, which are cut."""
         Omega = self._test_vectors(operator)  # (n, k), orthonormal
@@ -152,6 +156,10 @@ class NystromPCG(IHVP):
         self.tol = check_number("tol", tol)
         self._set_damping(damping)
         self.sketch = NystromSketch(rank, generator)
+
+    @property
+    def vectors(self) -> int:
+        return max(self.sketch.vectors, 2 * self.sketch.rank + 2 * self.max_iter + 4)
 
     def solve(self, operator: LinearOperator, rhs: Tensor) -> Solution:
         A = self.damped(operator, rhs)

@@ -87,6 +87,10 @@ class RecycledCG(IHVP):
         if self.damping == AUTO:
             self._tuned = SelfTunedDamping()
 
+    @property
+    def vectors(self) -> int:
+        return self.pairs.vectors + 4
+
     def begin(self) -> None:
         self.state.clear()  # the pairs may serve the new problem; the solution does not
 
