@@ -36,11 +36,13 @@ class Settings:
     """Inner steps, full batch."""
     every: int = 10
     """Inner steps between two outer steps."""
+    seed: int = 0
+    """Of the model, and of which labels are wrong."""
 
 
-def digits() -> tuple[Tensor, ...]:
+def digits(seed: int) -> tuple[Tensor, ...]:
     """x, y with wrong labels, which are wrong; validation x, y; test x, y."""
-    data, g = load_digits(), torch.Generator().manual_seed(0)
+    data, g = load_digits(), torch.Generator().manual_seed(seed)
     x, y = torch.tensor(data.data / 16, dtype=torch.float32), torch.tensor(data.target)
     order = torch.randperm(len(x), generator=g)
     x, y = x[order], y[order]
@@ -55,10 +57,10 @@ def main(settings: Settings) -> None:
     if several:
         dist.init_process_group("gloo")
     rank, world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
-    x, y, wrong, xv, yv, xs, ys = digits()
+    x, y, wrong, xv, yv, xs, ys = digits(settings.seed)
     mine, mine_val = torch.arange(rank, 800, world), torch.arange(rank, 200, world)
 
-    torch.manual_seed(0)
+    torch.manual_seed(settings.seed)
     net = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
     model = nn.parallel.DistributedDataParallel(net) if several else net
     phi = nn.Parameter(torch.zeros(800))

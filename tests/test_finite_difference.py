@@ -354,3 +354,44 @@ def test_an_error_in_between_puts_everything_back():
 def test_invalid_step():
     with pytest.raises(ValueError, match="step"):
         FiniteDifference(step=0.0)
+
+
+@pytest.mark.parametrize("curvature", [FiniteDifference(), Hessian()], ids=["differences", "exact"])
+def test_adapters_of_a_language_model_against_a_dense_solve(curvature):
+    """LoRA on a tiny GPT-2, its attention fused but where products are exact."""
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=11, n_positions=6, n_embd=8, n_layer=1, n_head=2, resid_pdrop=0.0
+    )
+    lora = peft.LoraConfig(r=1, target_modules=["c_attn"], init_lora_weights=False)
+    model = peft.get_peft_model(transformers.GPT2LMHeadModel(config), lora).double()
+    adapters = [p for p in model.parameters() if p.requires_grad]
+    corpora = torch.randint(11, (3, 4, 6))
+    phi = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+
+    def loss_of(batch):
+        logits = model(input_ids=batch).logits[:, :-1]  # its own loss would be in float32
+        return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+
+    def train():
+        penalty = sum(p.square().sum() for p in adapters)
+        return phi.softmax(0) @ torch.stack([loss_of(c) for c in corpora[:2]]) + 0.1 * penalty
+
+    model.eval()  # without dropout: the oracle below is of another evaluation
+    bo = BilevelOptimizer(
+        SGD(adapters, lr=0.1), SGD([phi], lr=0.1), ihvp=DenseSolve(), curvature=curvature
+    )
+    bo.inner_step(train)
+    (found,) = bo.hypergradient(loss_of(corpora[2]))
+
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        grads = torch.autograd.grad(train(), adapters, create_graph=True)
+        flat = torch.cat([g.flatten() for g in grads])
+        rows = [torch.autograd.grad(g, [*adapters, phi], retain_graph=True) for g in flat]
+        b = torch.autograd.grad(loss_of(corpora[2]), adapters)
+    H = torch.stack([torch.cat([part.flatten() for part in row[:-1]]) for row in rows])
+    J = torch.stack([row[-1] for row in rows])
+    expected = -J.mT @ torch.linalg.solve(H, torch.cat([part.flatten() for part in b]))
+    assert error(found, expected) < 1e-6
