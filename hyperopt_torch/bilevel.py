@@ -30,6 +30,7 @@ from .ihvp import IHVP
 from .inner_optimizer import (
     Prober,
     StepHook,
+    born_state,
     learned,
     needs_closure,
     parameters_of,
@@ -503,6 +504,11 @@ class BilevelOptimizer:
                 p.copy_(t)
         for optimizer in self._real:
             optimizer.state.clear()
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    born = born_state(optimizer, p, group)
+                    if born:
+                        optimizer.state[p] = born
         self._forget()
         self._inner_moved = threading.get_ident(), sequence_number()
         self.estimator.begin(initial)

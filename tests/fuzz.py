@@ -274,6 +274,7 @@ INNER = (
     Inner("LBFGS", 0.5, {"max_iter": 3}, decays=False, maximizes=False),
     Inner("Muon", 0.02, coupled=False, maximizes=False),
 )
+INNER = tuple(inner for inner in INNER if hasattr(torch.optim, inner.name))  # not in old releases
 IDIOMS = ("inner_step", "micro", "weighted", "eval", "rebound", "explicit", "accumulate")
 CASES = {case.name: case for case in STRATEGIES}
 METHODS = (*CASES, "default", "gauss-newton", "unrolled", "pzobo")

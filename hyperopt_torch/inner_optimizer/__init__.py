@@ -1,6 +1,6 @@
 """The inner optimizer as it acts: facts about its step, a stand-in, learned hyperparameters."""
 
-from .facts import Facts, Prober, needs_closure, parameters_of, unwrapped
+from .facts import Facts, Prober, born_state, needs_closure, parameters_of, unwrapped
 from .gradient import Change, Gradients, SeenGradient, unchanged
 from .learned import learn_hyperparameter, learned, numbers, plain, relink, resolved
 from .stand_in import StepHook, own_grads, standing_in, step_hooks, take_step, twin
@@ -12,6 +12,7 @@ __all__ = [
     "Prober",
     "SeenGradient",
     "StepHook",
+    "born_state",
     "learn_hyperparameter",
     "learned",
     "needs_closure",

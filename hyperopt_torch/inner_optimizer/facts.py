@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -195,7 +195,23 @@ class _Probe:
         copy.defaults = dict(self._optimizer.defaults)
         copy.param_groups = [group]
         copy.state = type(self._optimizer.state)(dict)
+        born = born_state(self._optimizer, q, group)
+        if born:
+            copy.state[q] = born
         return copy
+
+
+def born_state(optimizer: Optimizer, parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+    """The state that a parameter has before the first step: empty, but for those optimizers whose
+    constructor makes it, such as Adagrad in older releases.
+    """
+    known = inspect.signature(type(optimizer).__init__).parameters
+    settings = {k: v for k, v in group.items() if k in known and k != "params"}
+    try:
+        fresh = type(optimizer)([parameter], **settings)
+    except (TypeError, ValueError, RuntimeError):  # not for one parameter alone
+        return {}
+    return dict(fresh.state.get(parameter, {}))
 
 
 def _filled(values: Sequence[float], count: int, shape: list[int], like: dict[str, Any]) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .._graph import graph_nodes
 from .age import older, reaches, sequence_number
@@ -225,19 +226,33 @@ def _twice_differentiable(wanted: bool = True) -> Iterator[None]:
 
 @contextmanager
 def _attention_by_matrix_products() -> Iterator[None]:
-    try:
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-    except ImportError:  # torch < 2.3
-        yield
-        return
-    with sdpa_kernel(SDPBackend.MATH):
-        yield
+    with Restoring() as present:
+        present.finally_do(_attention_back())  # also where an interrupt comes as `with` ends
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+
+
+def _attention_back() -> Callable[[], None]:
+    switches: Any = torch.backends.cuda  # of every device, whatever the name says
+    kinds = [k for k in ("flash", "mem_efficient", "math", "cudnn") if _has(switches, k)]
+    found = {kind: bool(getattr(switches, f"{kind}_sdp_enabled")()) for kind in kinds}
+
+    def undo() -> None:
+        for kind, enabled in found.items():
+            if getattr(switches, f"{kind}_sdp_enabled")() is not enabled:
+                getattr(switches, f"enable_{kind}_sdp")(enabled)
+
+    return undo
+
+
+def _has(switches: Any, kind: str) -> bool:
+    return hasattr(switches, f"{kind}_sdp_enabled") and hasattr(switches, f"enable_{kind}_sdp")
 
 
 @contextmanager
 def _uncompiled() -> Iterator[None]:
     frame: Any = sys.modules.get("torch._dynamo.eval_frame")
-    if frame is None or not hasattr(torch.compiler, "set_stance"):
+    if frame is None:
         yield
         return
     found = getattr(frame, "_stance", None)

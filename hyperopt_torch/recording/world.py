@@ -174,10 +174,8 @@ def _back(buffers: Any, own: dict[str, Tensor | None]) -> Callable[[], None]:
 
 
 def _register_leave(hook: Callable[..., None]) -> RemovableHandle:
-    try:  # also when the forward raises, as activation checkpointing does to stop early
-        return register_module_forward_hook(hook, always_call=True)
-    except TypeError:  # torch 2.0 has no such option
-        return register_module_forward_hook(hook)
+    # Also when the forward raises, as activation checkpointing does to stop early.
+    return register_module_forward_hook(hook, always_call=True)
 
 
 def _never() -> bool:
