@@ -1,6 +1,7 @@
 """What a solve costs beside its products: time, kernels, waits for the device, memory.
 
     python -m benchmarks.solve_cost [time] [kernels] [memory]
+    python -m benchmarks.solve_cost large
 
 1. `outer_step` of the default against the bare products that it does (two gradients and its joint
    products), CPU seconds on one thread, median over pairs run in turn.
@@ -9,6 +10,8 @@
 3. For each strategy the peak memory of the first `outer_step`, a later one and a query, in vectors
    of n entries, beyond what lives all the time. Every strategy stands on 6 to 8 of them: the
    gradients of both losses, a product, its graph.
+4. ``large``, by itself only: two outer steps of the default on a WRN-28-10 (3.6e7 parameters), two
+   images: CPU seconds, products, and the peak of this process.
 """
 
 from __future__ import annotations
@@ -28,6 +31,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import hyperopt_torch as ht
+
+from ._memory import resident
+from ._models import wide_resnet_problem
 
 STRATEGIES: dict[str, Callable[[], dict[str, Any]]] = {
     "default": dict,
@@ -231,12 +237,34 @@ def memory(settings: dict[str, Any], n: int = 200_000) -> tuple[float, float, fl
     return peaks[0], peaks[6], peaks[7]
 
 
+def wide_resnet() -> None:
+    model, weights, train_loss, val_loss = wide_resnet_problem(28, 10, batch=2)
+    bo = ht.BilevelOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.01),
+        torch.optim.Adam([weights], lr=0.1),
+        self_check=False,
+        on_trouble="ignore",
+    )
+    bo.inner_step(train_loss)
+    for step in ("first", "second"):
+        start = time.process_time()
+        bo.outer_step(val_loss())
+        seconds, peak = time.process_time() - start, resident("VmHWM") / 1e9
+        print(
+            f"WRN-28-10, {step} outer step: {seconds:.0f} s, {bo.report.matvecs} products, "
+            f"peak of the process {peak:.1f} GB",
+            flush=True,
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("parts", nargs="*", default=["time", "kernels", "memory"])
     parts = parser.parse_args().parts
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    if "large" in parts:
+        wide_resnet()
     if "time" in parts:
         print("outer_step of the default / bare products                     ratio")
         small, large = (64, 20, 10), (784, 800, 400, 10)
