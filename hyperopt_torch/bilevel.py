@@ -25,7 +25,7 @@ from .errors import HypergradientError, HypergradientWarning, check_choice, chec
 from .estimators import BilevelProblem, HypergradientEstimator, ImplicitDifferentiation
 from .estimators._moving import hook_zeros
 from .estimators._trajectory import TrajectoryEstimator
-from .estimators.base import all_facts
+from .estimators.base import all_facts, mean_of
 from .ihvp import IHVP
 from .inner_optimizer import (
     Prober,
@@ -517,7 +517,7 @@ class BilevelOptimizer:
 
     def outer_step(
         self,
-        val_loss: Tensor,
+        val_loss: Tensor | list[Callable[[], Tensor]],
         train_loss: TrainLoss | None = None,
         *,
         averaged: Iterable[Tensor] | None = None,
@@ -526,9 +526,11 @@ class BilevelOptimizer:
 
         Args:
             val_loss: scalar, computed from the current inner parameters, its graph alive (it is
-                freed, as by ``backward()``).
-            train_loss: the training loss at the current parameters, tensor or closure, in the world
-                as it is; default: the closures on record of the last inner step, in theirs.
+                freed, as by ``backward()``). Or a list of closures, one for each micro-batch, whose
+                mean is meant: one graph is alive at a time.
+            train_loss: the training loss at the current parameters, tensor, closure or list of
+                closures, in the world as it is; default: the closures on record of the last inner
+                step, in theirs.
             averaged: where ``val_loss`` was computed with an average of the inner parameters (EMA,
                 SWA): its tensors, one for each inner parameter, in their order.
 
@@ -539,6 +541,7 @@ class BilevelOptimizer:
         inner optimizer's state, module buffers and the RNG stream stay bitwise as they are. Where
         the hypergradient is not finite, outer parameters and optimizer stay as they are, too.
         """
+        val_loss = self._one_loss(val_loss, averaged)
         hypergradient = self._estimate(val_loss, train_loss, averaged)
         for p, g in hypergradient:
             p.grad = g
@@ -555,7 +558,7 @@ class BilevelOptimizer:
 
     def accumulate(
         self,
-        val_loss: Tensor,
+        val_loss: Tensor | list[Callable[[], Tensor]],
         train_loss: TrainLoss | None = None,
         *,
         averaged: Iterable[Tensor] | None = None,
@@ -566,6 +569,7 @@ class BilevelOptimizer:
         each, ``outer.step()``. Arguments and return value as for :meth:`outer_step`. What is not
         finite is added as it is, and said.
         """
+        val_loss = self._one_loss(val_loss, averaged)
         for p, g in self._estimate(val_loss, train_loss, averaged):
             if g is not None:
                 p.grad = g if p.grad is None else p.grad + g
@@ -576,7 +580,7 @@ class BilevelOptimizer:
 
     def hypergradient(
         self,
-        val_loss: Tensor,
+        val_loss: Tensor | list[Callable[[], Tensor]],
         train_loss: TrainLoss | None = None,
         *,
         averaged: Iterable[Tensor] | None = None,
@@ -586,6 +590,7 @@ class BilevelOptimizer:
         None where a parameter is frozen or has no influence. The graph of ``val_loss`` survives,
         and so does the memory of the strategy; :attr:`report` is that of this query.
         """
+        val_loss = self._one_loss(val_loss, averaged)
         with self.estimator.on_loan():
             pairs = self._estimate(val_loss, train_loss, averaged, keep_outer_graph=True)
         found = {id(p): g for p, g in pairs}
@@ -649,6 +654,21 @@ class BilevelOptimizer:
         assert self.estimator.report is not None
         self.estimator.report, found = judged(self.estimator.report, found, val_loss)
         return list(zip(problem.outer_parameters, found, strict=True))
+
+    def _one_loss(
+        self, val_loss: Tensor | list[Callable[[], Tensor]], averaged: Iterable[Tensor] | None
+    ) -> Tensor:
+        """The outer loss, of several closures their mean."""
+        if not isinstance(val_loss, list):
+            return val_loss
+        if not val_loss or not all(map(callable, val_loss)):
+            raise TypeError(
+                "A list for the validation loss must hold closures, one for each micro-batch."
+            )
+        problem = self.problem()
+        inner = problem.inner_parameters if averaged is None else list(averaged)
+        with torch.enable_grad():
+            return mean_of(val_loss, [*inner, *problem.outer_parameters], self._scale())
 
     def _group(self) -> Group | None:
         """The processes that share the inner problem; known since its modules were called."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -172,6 +172,35 @@ def check_levels(inner: Sequence[Tensor], outer: Sequence[Tensor]) -> None:
         )
     if any(t.is_complex() for t in [*inner, *outer]):
         raise ValueError("Complex parameters are not supported; optimize torch.view_as_real(...).")
+
+
+def mean_of(
+    closures: Sequence[Callable[[], Tensor]], tensors: Sequence[Tensor], scale: Tensor | None
+) -> Tensor:
+    """The mean of several outer losses, one graph alive at a time.
+
+    A scalar with their mean value and their mean gradient, linear in ``tensors``: whoever
+    differentiates it once cannot tell the difference.
+    """
+    value: Tensor | float = 0.0
+    total: list[Tensor | None] = [None] * len(tensors)
+    for closure in closures:
+        loss = closure()
+        check_outer_loss(loss)
+        check_differentiable(loss, "validation")
+        scaled = loss / len(closures) if scale is None else loss * (scale / len(closures))
+        grads = torch.autograd.grad(scaled, tensors, allow_unused=True)
+        value = value + loss.detach() / len(closures)
+        for i, g in enumerate(grads):
+            if g is not None:
+                g = dense(g) if scale is None else _at_least_single(dense(g)) / scale
+                total[i] = g if (known := total[i]) is None else known + g
+    linear = [
+        (g * (t - t.detach())).sum() for g, t in zip(total, tensors, strict=True) if g is not None
+    ]
+    if not linear:
+        return torch.as_tensor(value)
+    return torch.stack([part.to(torch.as_tensor(value).dtype) for part in linear]).sum() + value
 
 
 def check_outer_loss(loss: Any) -> None:

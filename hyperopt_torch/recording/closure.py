@@ -33,7 +33,7 @@ class PerSample(NamedTuple):
     penalty: Tensor | float | None = None
 
 
-TrainLoss = Tensor | PerSample | tuple[Any, Any] | Callable[[], Any]
+TrainLoss = Tensor | PerSample | tuple[Any, Any] | Callable[[], Any] | list[Callable[[], Any]]
 
 
 @dataclass(slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -41,9 +42,15 @@ class InnerObjective:
 
     @classmethod
     def given(cls, train_loss: TrainLoss, device: torch.device) -> InnerObjective:
-        """A closure, or the loss itself, in the world as it is."""
-        terms = [(1.0, partial(again_in_the_present, train_loss))]
-        return cls(terms, World([], device), callable(train_loss))
+        """A closure, several whose mean is meant, or the loss itself, in the world as it is."""
+        several = isinstance(train_loss, list)
+        losses: list[Any] = train_loss if isinstance(train_loss, list) else [train_loss]
+        if several and not (losses and all(map(callable, losses))):
+            raise TypeError(
+                "A list for the training loss must hold closures, one for each micro-batch."
+            )
+        terms = [(1 / len(losses), partial(again_in_the_present, loss)) for loss in losses]
+        return cls(terms, World([], device), all(map(callable, losses)))
 
 
 def weights(records: Sequence[Record]) -> list[float]:
