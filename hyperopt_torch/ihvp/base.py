@@ -82,13 +82,15 @@ class IHVP(Memory, ABC):
         """
         if not self.observes and self._is_stale(rhs):
             self.reset()
-        watched, notes = Watched(operator, rhs), ()
+        watched = Watched(operator, rhs)
         try:
             found = self.solve(watched, rhs)
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # eigenvalues of NaN
-            found = Solution(rhs * torch.nan, notes=(f"linear algebra failed: {error}",))
+            rho = torch.nan if self.damping == AUTO else None  # it was not found
+            notes = (f"linear algebra failed: {error}",)
+            found = Solution(rhs * torch.nan, notes=notes, damping=rho)
         operator.matvecs = max(operator.matvecs, watched.matvecs)
-        solution = found if isinstance(found, Solution) else Solution(found, notes=notes)
+        solution = found if isinstance(found, Solution) else Solution(found)
         if self._relative is not None:
             self._relative.learn(bool(solution.negative_curvature))
             solution = replace(solution, damping=self._relative.state["rho"])
