@@ -10,7 +10,7 @@ from .operators import LinearOperator
 
 
 def default_estimator(curvature: Curvature | None = None) -> ImplicitDifferentiation:
-    """Three products a step and 44 vectors of the size of the inner parameters."""
+    """Three products a step and 49 vectors of the size of the inner parameters."""
     return ImplicitDifferentiation(RecycledCG(window=20), curvature or AutomaticCurvature())
 
 

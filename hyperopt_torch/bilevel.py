@@ -63,7 +63,7 @@ class BilevelOptimizer:
         outer: the optimizer of the parameters φ that the validation loss shall choose.
         ihvp: the strategy for (H + ρI)⁻¹ b; short for ``ImplicitDifferentiation(ihvp)``.
         estimator: how hypergradients are made; give this or ``ihvp``. Without both it is
-            ``ImplicitDifferentiation(RecycledCG(window=20))``: three products a step and 44 vectors
+            ``ImplicitDifferentiation(RecycledCG(window=20))``: three products a step and 49 vectors
             of the size of the inner parameters.
         curvature: what stands for the inner Hessian; goes with ``ihvp``. Default: ``Hessian()``
             where an ``ihvp`` is given; without one ``AutomaticCurvature()``, which is
