@@ -3,7 +3,7 @@
     python -m benchmarks.default_jobs [JOB ...] [--seeds 0 1 2]
 
 Prints a table, a line a job and strategy: the final outer loss of each seed (validation loss, or
-what the job's docstring says), their mean over that of ``Identity(rescale=True)``, and the products
+what the job's docstring says), their mean over that of ``Identity()``, and the products
 an outer step. Closures return ``(loss, outputs)``, as is recommended. ``solved`` is 60 steps of
 conjugate gradients on the Gauss-Newton matrix: close to the exact solve.
 """
@@ -26,7 +26,7 @@ from hyperopt_torch import CG, BilevelOptimizer, GaussNewton, Identity
 
 STRATEGIES: dict[str, Callable[[], dict]] = {
     "default": dict,
-    "identity": lambda: {"ihvp": Identity(rescale=True)},
+    "identity": lambda: {"ihvp": Identity()},
     "solved": lambda: {"ihvp": CG(60, tol=1e-3, damping=1e-3), "curvature": GaussNewton()},
 }
 JOBS: dict[str, Callable[[int, dict], tuple[float, float]]] = {}

@@ -10,8 +10,6 @@ along the gradient, and how much the differences bend.
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 
@@ -23,6 +21,7 @@ from hyperopt_torch.operators import InnerGradient
 from hyperopt_torch.plain_gradient import PlainGradient
 from hyperopt_torch.recording import evaluate
 
+from .overhead import paired_ratio
 from .solve_cost import Memory
 
 
@@ -72,19 +71,6 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {  # model, batc
 }
 
 
-def paired(a: Callable[[], object], b: Callable[[], object], pairs: int = 9) -> list[float]:
-    """CPU seconds a / b, run in turn."""
-    ratios = []
-    for i in range(pairs):
-        seconds = {}
-        for f in (a, b) if i % 2 else (b, a):
-            start = time.process_time()
-            f()
-            seconds[f] = time.process_time() - start
-        ratios.append(seconds[a] / seconds[b])
-    return ratios
-
-
 def measure(make: Callable[[], nn.Module], batch: int, inputs: int) -> dict[str, float]:
     torch.manual_seed(0)
     model, phi = make(), torch.zeros(batch, requires_grad=True)
@@ -108,14 +94,14 @@ def measure(make: Callable[[], nn.Module], batch: int, inputs: int) -> dict[str,
         graph = InnerGradient(loss(), inner, [phi])
         found, expected = gradient.differences(v), graph.joint(v)
         errors = [float((a - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True)]
-        ratios = paired(partial(gradient.differences, v), partial(graph.joint, v))
+        ratio = paired_ratio(partial(gradient.differences, v), partial(graph.joint, v), pairs=9)
     peaks = []
     for product in (differences, exact):
         with Memory() as seen:
             product(v)
         peaks.append(seen.peak)
     return {
-        "time": statistics.median(ratios),
+        "time": ratio,
         "memory": peaks[0] / peaks[1],
         "Hx": errors[0],
         "Jx": errors[1],

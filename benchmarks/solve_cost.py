@@ -34,6 +34,7 @@ import hyperopt_torch as ht
 
 from ._memory import resident
 from ._models import wide_resnet_problem
+from .overhead import paired_ratio
 
 STRATEGIES: dict[str, Callable[[], dict[str, Any]]] = {
     "default": dict,
@@ -139,15 +140,7 @@ def outer_step_ratio(problem: Any, products: int, pairs: int = 9) -> float:
             torch.autograd.grad(outputs, inner, scaled, retain_graph=True)
             torch.autograd.grad(grads, problem.phi, b, retain_graph=True)
 
-    ratios = []
-    for i in range(pairs):
-        times = {}
-        for f in (ours, bare) if i % 2 else (bare, ours):
-            start = time.process_time()
-            f()
-            times[f] = time.process_time() - start
-        ratios.append(times[ours] / times[bare])
-    return statistics.median(ratios)
+    return paired_ratio(ours, bare, pairs)
 
 
 class Timed(ht.operators.Dense):
@@ -273,13 +266,8 @@ def main() -> None:
             ("ReLU MLP, n = 952k, Gauss-Newton, batch 128", Network(large, 128, nn.ReLU)),
         ):
             print(f"  {name:58}{outer_step_ratio(problem, 3):7.2f}", flush=True)
-        n, solver, ratios = 1_000_000, ht.RecycledCG(20), []
+        n, solver = 1_000_000, ht.RecycledCG(20)
         diagonal = Diagonal(n)
-        for _ in range(12):
-            diagonal.bo.inner_step(diagonal.train_loss)
-            before = time.process_time()
-            diagonal.bo.outer_step(diagonal.val_loss())
-            ratios.append(time.process_time() - before)
         print(f"  {'diagonal, n = 1e6, Hessian':58}{outer_step_ratio(diagonal, 3):7.2f}")
         seconds = []
         for step in range(12):

@@ -25,7 +25,7 @@ from .errors import HypergradientError, HypergradientWarning, check_choice, chec
 from .estimators import BilevelProblem, HypergradientEstimator, ImplicitDifferentiation
 from .estimators._moving import hook_zeros
 from .estimators._trajectory import TrajectoryEstimator
-from .estimators.base import all_facts, mean_of
+from .estimators.base import all_facts
 from .ihvp import IHVP
 from .inner_optimizer import (
     Prober,
@@ -541,8 +541,7 @@ class BilevelOptimizer:
         inner optimizer's state, module buffers and the RNG stream stay bitwise as they are. Where
         the hypergradient is not finite, outer parameters and optimizer stay as they are, too.
         """
-        val_loss = self._one_loss(val_loss, averaged)
-        hypergradient = self._estimate(val_loss, train_loss, averaged)
+        value, hypergradient = self._estimate(val_loss, train_loss, averaged)
         for p, g in hypergradient:
             p.grad = g
         if self._check_report():
@@ -553,8 +552,8 @@ class BilevelOptimizer:
         self.estimator.restart()
         self._steps["outer"] += 1
         for listener in self._listeners:
-            listener(self.report, [g for _, g in hypergradient], val_loss.detach())
-        return val_loss.detach()
+            listener(self.report, [g for _, g in hypergradient], value)
+        return value
 
     def accumulate(
         self,
@@ -569,14 +568,14 @@ class BilevelOptimizer:
         each, ``outer.step()``. Arguments and return value as for :meth:`outer_step`. What is not
         finite is added as it is, and said.
         """
-        val_loss = self._one_loss(val_loss, averaged)
-        for p, g in self._estimate(val_loss, train_loss, averaged):
+        value, hypergradient = self._estimate(val_loss, train_loss, averaged)
+        for p, g in hypergradient:
             if g is not None:
                 p.grad = g if p.grad is None else p.grad + g
         if self.on_trouble != "ignore":
             self._check_report()
         self.estimator.finish()
-        return val_loss.detach()
+        return value
 
     def hypergradient(
         self,
@@ -590,9 +589,8 @@ class BilevelOptimizer:
         None where a parameter is frozen or has no influence. The graph of ``val_loss`` survives,
         and so does the memory of the strategy; :attr:`report` is that of this query.
         """
-        val_loss = self._one_loss(val_loss, averaged)
         with self.estimator.on_loan():
-            pairs = self._estimate(val_loss, train_loss, averaged, keep_outer_graph=True)
+            _, pairs = self._estimate(val_loss, train_loss, averaged, keep_outer_graph=True)
         found = {id(p): g for p, g in pairs}
         return tuple(found.get(id(p)) for p in parameters_of(self.outer))
 
@@ -618,11 +616,15 @@ class BilevelOptimizer:
 
     def _estimate(
         self,
-        val_loss: Tensor,
+        val_loss: Tensor | list[Callable[[], Tensor]],
         train_loss: TrainLoss | None,
         averaged: Iterable[Tensor] | None,
         keep_outer_graph: bool = False,
-    ) -> list[tuple[Tensor, Tensor | None]]:
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor | None]]]:
+        if isinstance(val_loss, list) and not (val_loss and all(map(callable, val_loss))):
+            raise TypeError(
+                "A list for the validation loss must hold closures, one for each micro-batch."
+            )
         self._put_outer_grads_back()
         problem = BilevelProblem(
             self._real,
@@ -650,25 +652,12 @@ class BilevelOptimizer:
             torch.enable_grad(),
             without_parameter_hooks(parameters),
         ):
+            if isinstance(val_loss, list):
+                val_loss = problem.mean_of(val_loss, plain=self.estimator.first_order)
             found = self.estimator.estimate(problem, val_loss)
         assert self.estimator.report is not None
         self.estimator.report, found = judged(self.estimator.report, found, val_loss)
-        return list(zip(problem.outer_parameters, found, strict=True))
-
-    def _one_loss(
-        self, val_loss: Tensor | list[Callable[[], Tensor]], averaged: Iterable[Tensor] | None
-    ) -> Tensor:
-        """The outer loss, of several closures their mean."""
-        if not isinstance(val_loss, list):
-            return val_loss
-        if not val_loss or not all(map(callable, val_loss)):
-            raise TypeError(
-                "A list for the validation loss must hold closures, one for each micro-batch."
-            )
-        problem = self.problem()
-        inner = problem.inner_parameters if averaged is None else list(averaged)
-        with torch.enable_grad():
-            return mean_of(val_loss, [*inner, *problem.outer_parameters], self._scale())
+        return val_loss.detach(), list(zip(problem.outer_parameters, found, strict=True))
 
     def _group(self) -> Group | None:
         """The processes that share the inner problem; known since its modules were called."""

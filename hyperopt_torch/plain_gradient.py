@@ -13,7 +13,7 @@ from ._tensors import FlatLayout
 from .recording import Evaluation, Restoring
 
 # h, the step along x as a part of the size of θ, by the precision that f computes in.
-_STEPS = {torch.float64: 2e-6, torch.float32: 3e-3}
+STEPS = {torch.float64: 2e-6, torch.float32: 3e-3}
 _COARSE_STEP = 0.05
 _NOISE = 10.0  # rounding of ∇f counts this many times beside a difference
 
@@ -73,7 +73,7 @@ class PlainGradient:
         self.loss = torch.zeros((), device=self.layout.device)
         self.gradient, _ = self._gradients(first=True)
         coarsest = max(self._dtypes, key=lambda dtype: torch.finfo(dtype).eps)
-        self.step = _STEPS.get(coarsest, _COARSE_STEP) if step is None else step
+        self.step = STEPS.get(coarsest, _COARSE_STEP) if step is None else step
         eps = torch.finfo(coarsest).eps
         self.precision = eps if eps > torch.finfo(self.layout.dtype).eps else None
         self._rounding = _NOISE * eps * torch.linalg.vector_norm(self.gradient)
@@ -181,13 +181,13 @@ def plain_gradients(
     It reaches what ``torch.autograd.grad`` does not: the parameters that a reentrant checkpoint
     hides, and hooks that reduce gradients over processes. Every ``.grad`` is as found afterwards.
     """
-    with _own_grads([*tensors, *graph_leaves(graph_nodes(loss))]):
+    with own_grads([*tensors, *graph_leaves(graph_nodes(loss))]):
         loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
         return tuple(t.grad for t in tensors)
 
 
 @contextmanager
-def _own_grads(tensors: Sequence[Tensor]) -> Iterator[None]:
+def own_grads(tensors: Sequence[Tensor]) -> Iterator[None]:
     """Inside no ``.grad``; outside the same objects again, with the same values.
 
     Where gradients are views of a bucket, as DistributedDataParallel can make them, what is

@@ -136,10 +136,10 @@ def test_processes_give_what_one_gives_on_all_data(world, alone, tmp_path: Path)
         far = (ranks[0][name][:-2] - expected[:-2]).norm() / expected[:-2].norm()
         assert far < (1e-6 if "differences" in name else 1e-10), name
         messages, products = ranks[0][name][-2:].tolist()
-        if name in ("identity", "nystrom", "subbio"):
-            batched = {"identity": 1, "nystrom": 2, "subbio": 4}[name]
-            # b and c, the numbers of the report; and one a product, or one for a batch of them
-            assert messages <= 5 * (2 + batched)
+        # b and c, the numbers of the report, and a message a product, or for a batch of them; the
+        # self-check once. SubBiO takes one product at first, and three later.
+        known = {"identity": 5 * (2 + 1) + 1, "nystrom": 5 * (2 + 2) + 1, "subbio": 10 + 13 + 1}
+        assert messages == known.get(name, messages), name
         assert messages <= 5 * (2 + 25 + products)
     refused = ranks[0]["refused"]
     assert "learns from the inner steps of each process" in refused["nhgd"]

@@ -63,6 +63,29 @@ def test_training_losses(curvature):
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
 
 
+def test_an_average_given_as_an_iterator_hooks_and_streams():
+    """Whatever one loss may do, several may: a generator of parameters, dropout, a clip hook."""
+    problem, bo = rig(ihvp=Identity())
+    for p in problem.inner:
+        p.register_hook(lambda g: 100 * g)  # about the training step, not about this one
+    expected = flat(bo.hypergradient(problem.val_loss(), averaged=iter(problem.inner)))
+    found = flat(bo.hypergradient([problem.val_loss] * 2, averaged=iter(problem.inner)))
+    torch.testing.assert_close(found, expected)
+
+
+def test_parts_behind_a_reentrant_checkpoint():
+    problem, bo = rig(ihvp=CG(20, damping=0.3), curvature=FiniteDifference())
+    x = torch.ones(1, dtype=torch.float64, requires_grad=True)
+
+    def hidden():
+        return torch.utils.checkpoint.checkpoint(
+            lambda one: one[0] * problem.val_loss(), x, use_reentrant=True
+        )
+
+    expected = flat(bo.hypergradient(problem.val_loss()))
+    torch.testing.assert_close(flat(bo.hypergradient([hidden, hidden])), expected)
+
+
 def test_one_graph_is_alive_at_a_time():
     problem, bo = rig(ihvp=Identity())
     alive, most = [], 0

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from .._tensors import FlatLayout, inner_product, seeded_generator
 from ..inner_optimizer import standing_in
+from ..plain_gradient import STEPS, size_of
 from ..recording import InnerObjective
 from ..report import SelfCheck
 from ._function import InnerFunction
 from .base import BilevelProblem
 
-_STEP = {torch.float32: 3e-3, torch.float64: 2e-6}  # h, see algorithms: of the size of θ
 _TOLERANCE = 0.02
 _NOISE = 100.0  # rounding of the differences counts this many times
 
@@ -33,13 +33,13 @@ def self_check(
     Cost: two gradients of f and one product, once. One sync.
     """
     layout = f.layout
-    step = _STEP.get(layout.dtype)
+    step = STEPS.get(layout.dtype)
     full = f.precision is None and set(layout.dtypes) == {layout.dtype}
     if step is None or not full or layout.device.type == "meta":
         return None
     if any(not p.numel() for p in problem.inner_parameters):
         return None
-    sizes = [_size(p) for p in problem.inner_parameters]
+    sizes = [size_of(p) for p in problem.inner_parameters]
     x, epsilon = _direction(layout, sizes, step)
     found = f.joint(x)  # first: the closure may write to tensors that its graph holds
     plus, minus = (_gradients(problem, objective, f, x, e) for e in (epsilon, -epsilon))
@@ -57,13 +57,6 @@ def self_check(
     kink = bend / torch.where(apart > 0, apart, 1.0)
     product, cross, kinked = torch.stack([*errors, kink]).tolist()
     return SelfCheck(product, cross, kinked, _TOLERANCE)
-
-
-def _size(parameter: Tensor) -> Tensor:
-    """max(‖θ‖, √rows / 10): what a step of a tensor is measured by, also where it is zero."""
-    rows = parameter.shape[0] if parameter.ndim > 1 else 1
-    size: Tensor = torch.linalg.vector_norm(parameter.detach()).clamp(min=0.1 * rows**0.5)
-    return size
 
 
 def _direction(layout: FlatLayout, sizes: Sequence[Tensor], step: float) -> tuple[Tensor, Tensor]:

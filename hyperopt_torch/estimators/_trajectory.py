@@ -19,12 +19,12 @@ from ..inner_optimizer import (
     SeenGradient,
     needs_closure,
     numbers,
-    own_grads,
     standing_in,
     take_step,
     twin,
     unchanged,
 )
+from ..plain_gradient import own_grads
 from ..recording import (
     Evaluation,
     Record,

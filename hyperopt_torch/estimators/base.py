@@ -137,6 +137,30 @@ class BilevelProblem:
             )
         return grads[:split], grads[split:]
 
+    def mean_of(self, closures: Sequence[Callable[[], Tensor]], *, plain: bool = False) -> Tensor:
+        """The mean of several outer losses, one graph alive at a time.
+
+        A scalar with their mean value and their mean gradient, linear in θ and φ: whoever
+        differentiates it once cannot tell the difference.
+
+        Args:
+            plain: as for :meth:`outer_gradients`.
+        """
+        inner = self.inner_parameters if self.averaged is None else self.averaged
+        tensors, weight = [*inner, *self.outer_parameters], 1 / len(closures)
+        value = torch.zeros((), device=tensors[0].device)
+        total: list[Tensor | None] = [None] * len(tensors)
+        for closure in closures:
+            loss = closure()
+            b, c = self.outer_gradients(loss, plain=plain)
+            value = value + weight * loss.detach()
+            for i, g in enumerate([*b, *c]):
+                if g is not None:
+                    total[i] = weight * g if (known := total[i]) is None else known + weight * g
+        pairs = zip(total, tensors, strict=True)
+        linear = [(g * (t - t.detach())).sum() for g, t in pairs if g is not None]
+        return torch.stack([part.to(value.dtype) for part in linear]).sum() + value
+
 
 def graph_gradients(
     loss: Tensor, tensors: Sequence[Tensor], retain_graph: bool
@@ -172,35 +196,6 @@ def check_levels(inner: Sequence[Tensor], outer: Sequence[Tensor]) -> None:
         )
     if any(t.is_complex() for t in [*inner, *outer]):
         raise ValueError("Complex parameters are not supported; optimize torch.view_as_real(...).")
-
-
-def mean_of(
-    closures: Sequence[Callable[[], Tensor]], tensors: Sequence[Tensor], scale: Tensor | None
-) -> Tensor:
-    """The mean of several outer losses, one graph alive at a time.
-
-    A scalar with their mean value and their mean gradient, linear in ``tensors``: whoever
-    differentiates it once cannot tell the difference.
-    """
-    value: Tensor | float = 0.0
-    total: list[Tensor | None] = [None] * len(tensors)
-    for closure in closures:
-        loss = closure()
-        check_outer_loss(loss)
-        check_differentiable(loss, "validation")
-        scaled = loss / len(closures) if scale is None else loss * (scale / len(closures))
-        grads = torch.autograd.grad(scaled, tensors, allow_unused=True)
-        value = value + loss.detach() / len(closures)
-        for i, g in enumerate(grads):
-            if g is not None:
-                g = dense(g) if scale is None else _at_least_single(dense(g)) / scale
-                total[i] = g if (known := total[i]) is None else known + g
-    linear = [
-        (g * (t - t.detach())).sum() for g, t in zip(total, tensors, strict=True) if g is not None
-    ]
-    if not linear:
-        return torch.as_tensor(value)
-    return torch.stack([part.to(torch.as_tensor(value).dtype) for part in linear]).sum() + value
 
 
 def check_outer_loss(loss: Any) -> None:
@@ -279,6 +274,7 @@ class HypergradientEstimator(ABC):
     """
 
     report: SolveReport | None = None
+    first_order: bool = False  # whether first gradients are enough
     averages: bool = False  # whether :meth:`estimate` gives the answer of the whole group
 
     def claim(self, owner: object) -> None:

@@ -60,6 +60,10 @@ class ImplicitDifferentiation(HypergradientEstimator):
         self._prober = Prober()
 
     @property
+    def first_order(self) -> bool:  # type: ignore[override]
+        return isinstance(self.curvature, FirstOrderCurvature)
+
+    @property
     def vectors(self) -> int:
         return self.ihvp.vectors
 
@@ -105,8 +109,7 @@ class ImplicitDifferentiation(HypergradientEstimator):
     def estimate(self, problem: BilevelProblem, outer_loss: Tensor) -> list[Tensor | None]:
         self.check(problem)
         # b and c first: evaluating the closure may bump versions that the outer graph has saved.
-        first_order = isinstance(self.curvature, FirstOrderCurvature)
-        b_parts, direct = problem.outer_gradients(outer_loss, plain=first_order)
+        b_parts, direct = problem.outer_gradients(outer_loss, plain=self.first_order)
         group = problem.group
         if group is not None:
             self._agree(group, device=outer_loss.device)
@@ -117,7 +120,7 @@ class ImplicitDifferentiation(HypergradientEstimator):
         facts = all_facts(self._prober, problem)
         self._notice_jump(layout.flatten([p.detach() for p in problem.inner_parameters]))
         b = layout.flatten(b_parts)
-        with objective.plain_world if first_order else objective.world:
+        with objective.plain_world if self.first_order else objective.world:
             f = self._function(problem, objective, facts.sign)
             decay = _as_vector(facts.decay, layout)
             if self.ihvp.observes and not (f.penalty is None and decay is None):
@@ -145,6 +148,8 @@ class ImplicitDifferentiation(HypergradientEstimator):
             size = inner_product(gradient, gradient).sqrt()
             loss, value, size = group.mean([loss, outer_loss, size])
             loss, gradient = loss + 0 * value, size[None]
+            kink = None if kink is None else group.mean([kink])[0]
+            check = None if check is None else _mean_check(group, check, size)
         report = self._report(solution, operator, b, gradient)
         self.report = replace(
             report,
@@ -272,6 +277,13 @@ class ImplicitDifferentiation(HypergradientEstimator):
         self.ihvp.load_state_dict(state_dict["ihvp"])
         theta = state_dict["theta"]
         self._theta = None if theta is None else theta.clone()
+
+
+def _mean_check(group: Group, check: SelfCheck, like: Tensor) -> SelfCheck:
+    """The same verdict in every process: each checks products of its own batch."""
+    names = [n for n in ("product", "cross", "kink") if getattr(check, n) is not None]
+    numbers = like.new_tensor([getattr(check, n) for n in names])
+    return check._replace(**dict(zip(names, group.mean([numbers])[0].tolist(), strict=True)))
 
 
 def _joined(gradient: Tensor, parts: Sequence[InnerStep]) -> InnerStep:

@@ -43,19 +43,12 @@ class Descent:
     def residual(self) -> float:
         return self.norm / self.rhs_norm if self.rhs_norm > 0 else 0.0
 
-    @property
-    def energy(self) -> float:
-        """½xᵀAx - bᵀx along conjugate directions, lower at every step; 0 at x = 0."""
-        return -0.5 * self.curvature
-
     def rayleigh(self, A: LinearOperator) -> float:
         """xᵀAx / xᵀx; 0 for x = 0. A sync where ‖x‖ is not known."""
         size = float(A.inner(self.x, self.x)) if self.squared is None else self.squared
         return self.curvature / size if size > 0 else 0.0
 
-    def solution(
-        self, tol: float | None, notes: tuple[str, ...] = (), damping: float | None = None
-    ) -> Solution:
+    def solution(self, tol: float | None, damping: float | None = None) -> Solution:
         """The result as a strategy returns it; ``tol`` is what it promised, if anything."""
         wide = wide_dtype(self.x)
         return Solution(
@@ -65,7 +58,6 @@ class Descent:
             negative_curvature=self.negative,
             converged=None if tol is None else self.residual <= tol,
             curvature=self.x.new_tensor(self.curvature, dtype=wide),
-            notes=notes,
             damping=damping,
         )
 

@@ -3,7 +3,7 @@
 from .facts import Facts, Prober, born_state, needs_closure, parameters_of, unwrapped
 from .gradient import Change, Gradients, SeenGradient, unchanged
 from .learned import learn_hyperparameter, learned, numbers, plain, relink, resolved
-from .stand_in import StepHook, own_grads, standing_in, step_hooks, take_step, twin
+from .stand_in import StepHook, standing_in, step_hooks, take_step, twin
 
 __all__ = [
     "Change",
@@ -17,7 +17,6 @@ __all__ = [
     "learned",
     "needs_closure",
     "numbers",
-    "own_grads",
     "parameters_of",
     "plain",
     "relink",

@@ -34,19 +34,6 @@ def standing_in(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator
             t.data = value
 
 
-@contextmanager
-def own_grads(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Whatever happens to ``.grad`` inside, outside it is the same object again."""
-    own = [t.grad for t in tensors]
-    try:
-        for t in tensors:
-            t.grad = None
-        yield
-    finally:
-        for t, grad in zip(tensors, own, strict=True):
-            t.grad = grad
-
-
 def twin(optimizer: Optimizer, places: Mapping[int, Tensor], state: State) -> Optimizer:
     """A copy of ``optimizer`` over other tensors: ``places[id(p)]`` for p.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from .restore import Restoring
 from .step import Record, is_compiled, watching
 from .streams import StreamReader, Streams
 from .world import BufferLender, Modules, put_modes
+
+Self = TypeVar("Self", bound="_Present")
 
 _HOLD = (
     "Draw the batch before the inner step and let the closure hold it: "
@@ -96,22 +98,19 @@ def again_in_the_present(train_loss: TrainLoss, *, twice: bool = True) -> Evalua
         return evaluate(train_loss)
 
 
-class PlainWorld:
-    """The same around first gradients alone, without global hooks and with no buffer replaced.
+class _Present:
+    """The present, kept: random streams and modes of modules are put back at the end."""
 
-    Compiled modules would be compiled anew for either. Buffers of the modules on record are written
-    in place instead, past their version counters, and written back.
-    """
-
-    def __init__(self, records: Sequence[Record]) -> None:
-        self._modules, self._records = _earliest(records), records
+    def __init__(self, modules: Modules, reader: StreamReader) -> None:
+        self._modules, self._reader = modules, reader
         self._present = Restoring()
 
-    def __enter__(self) -> PlainWorld:
+    def __enter__(self: Self) -> Self:
         self._present.__enter__()
         try:
-            _keep_streams(self._present, self._records[0].reader)
+            _keep_streams(self._present, self._reader)
             put_modes(self._present, self._modules)
+            self._enter()
         except BaseException:
             self._present.__exit__(None, None, None)
             raise
@@ -119,6 +118,20 @@ class PlainWorld:
 
     def __exit__(self, *error: Any) -> None:
         self._present.__exit__(*error)
+
+    def _enter(self) -> None:
+        """What else is changed until the end."""
+
+
+class PlainWorld(_Present):
+    """As :class:`World` around first gradients alone: no global hooks, no buffer replaced.
+
+    Compiled modules would be compiled anew for either. Buffers of the modules on record are written
+    in place instead, past their version counters, and written back.
+    """
+
+    def __init__(self, records: Sequence[Record]) -> None:
+        super().__init__(_earliest(records), records[0].reader)
 
     def fresh(self) -> Restoring:
         """Inside: the values of the buffers that the first record met; outside, those of now."""
@@ -148,7 +161,7 @@ def _buffers_back(module: nn.Module, own: dict[str, Tensor | None]) -> Callable[
     return undo
 
 
-class World:
+class World(_Present):
     """Around everything that evaluates closures again, or differentiates what they returned.
 
     Modules work on copies of their buffers: those that the first of ``records`` met, or what they
@@ -167,25 +180,13 @@ class World:
         device: torch.device,
         reader: StreamReader | None = None,
     ) -> None:
-        self._modules = _earliest(records)
-        self._reader = reader or (records[0].reader if records else StreamReader(device))
+        known = records[0].reader if records else None
+        super().__init__(_earliest(records), reader or known or StreamReader(device))
         self._lender = BufferLender()
-        self._present = Restoring()
 
-    def __enter__(self) -> World:
-        self._present.__enter__()
-        try:
-            _keep_streams(self._present, self._reader)
-            put_modes(self._present, self._modules)
-            self._lender.put(self._present, self._modules)
-            self._lender.install(self._present)
-        except BaseException:
-            self._present.__exit__(None, None, None)
-            raise
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._present.__exit__(*error)
+    def _enter(self) -> None:
+        self._lender.put(self._present, self._modules)
+        self._lender.install(self._present)
 
     def fresh(self, records: Sequence[Record] | None = None) -> Restoring:
         """Inside: the buffers that the first of ``records`` met once more, for another run."""

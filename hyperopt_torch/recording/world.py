@@ -12,7 +12,6 @@ from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
-from torch.utils.hooks import RemovableHandle
 
 from .restore import Restoring, remove_global_hooks
 
@@ -95,7 +94,8 @@ class BufferLender:
         present.finally_do(self._return_all)
         present.finally_do(lambda: remove_global_hooks(self._enter, self._leave))
         register_module_forward_pre_hook(self._enter)
-        _register_leave(self._leave)
+        # Also when the forward raises, as activation checkpointing does to stop early.
+        register_module_forward_hook(self._leave, always_call=True)
 
     def put(self, present: Restoring, values: Modules) -> None:
         """Copies of recorded buffers into the modules, until ``present`` ends."""
@@ -173,14 +173,5 @@ def _back(buffers: Any, own: dict[str, Tensor | None]) -> Callable[[], None]:
     return undo
 
 
-def _register_leave(hook: Callable[..., None]) -> RemovableHandle:
-    # Also when the forward raises, as activation checkpointing does to stop early.
-    return register_module_forward_hook(hook, always_call=True)
-
-
-def _never() -> bool:
-    return False
-
-
 # Whether torch.compile is tracing: hooks must leave no trace in what it compiles.
-is_compiling: Callable[[], bool] = getattr(getattr(torch, "compiler", None), "is_compiling", _never)
+is_compiling: Callable[[], bool] = torch.compiler.is_compiling
