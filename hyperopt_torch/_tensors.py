@@ -14,10 +14,12 @@ class FlatLayout:
 
     The vector has one dtype, the widest among the tensors and at least float32: a solver must not
     do its algebra in bfloat16 because one layer is stored in it. Entries lie in logical
-    (row-major) order whatever the memory format of the tensors.
+    (row-major) order whatever the memory format of the tensors. Of sharded tensors it holds the
+    part of this process.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
+        tensors = [here(t) for t in tensors]
         self.shapes = [t.shape for t in tensors]
         self.dtypes = [t.dtype for t in tensors]
         self.sizes = [t.numel() for t in tensors]
@@ -63,8 +65,24 @@ class FlatLayout:
         return dense(tensor) if tensor.dtype == dtype else dense(tensor).to(dtype)
 
 
+def here(tensor: Tensor) -> Tensor:
+    """The part of a sharded tensor (DTensor) that this process holds, in its own memory."""
+    if type(tensor) is Tensor or not is_sharded(tensor):
+        return tensor
+    part: Tensor = tensor.to_local()  # type: ignore[attr-defined]
+    return part
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, of which each process holds a part."""
+    return hasattr(tensor, "placements")
+
+
 def dense(tensor: Tensor) -> Tensor:
-    """A sparse gradient, as of ``nn.Embedding(sparse=True)``, as a plain tensor."""
+    """A sparse gradient, as of ``nn.Embedding(sparse=True)``, as a plain tensor; sharded ones
+    as the part that is here.
+    """
+    tensor = here(tensor)
     return tensor if tensor.layout == torch.strided else tensor.to_dense()
 
 
@@ -96,6 +114,8 @@ _BLOCK_ENTRIES, _CACHED_ENTRIES = 1 << 20, 1 << 16
 def inner_product(x: Tensor, y: Tensor) -> Tensor:
     """xᵀy summed in float64: (n,), (n,) -> (); (n, j), (n, k) -> (j, k)."""
     wide, entries = wide_dtype(x), _BLOCK_ENTRIES
+    if not len(x):  # the part of a process that holds nothing
+        return torch.zeros((*x.shape[1:], *y.shape[1:]), dtype=wide, device=x.device)
     if x.dtype == y.dtype == wide:
         return x.mT @ y if x.ndim == 2 else x @ y
     if x.ndim == y.ndim == 1:

@@ -18,9 +18,9 @@ from torch.optim import Optimizer
 from ._default import default_estimator
 from ._graph import graph_nodes, short_way_is_safe, without_parameter_hooks
 from ._room import explained_shortage, shortage
-from ._tensors import FlatLayout, inner_product
+from ._tensors import FlatLayout, inner_product, is_sharded
 from .curvature import Curvature
-from .distributed import Group, group_of
+from .distributed import Group, group_of, joined, packed, unpacked
 from .errors import HypergradientError, HypergradientWarning, check_choice, check_number
 from .estimators import BilevelProblem, HypergradientEstimator, ImplicitDifferentiation
 from .estimators._moving import hook_zeros
@@ -639,7 +639,7 @@ class BilevelOptimizer:
             group=self._group(),
         )
         parameters = [*problem.inner_parameters, *problem.outer_parameters]
-        n = sum(p.numel() for p in problem.inner_parameters)
+        n = FlatLayout(problem.inner_parameters).n
         vectors = self.estimator.vectors
         if not self._weighed and vectors is not None and self.on_trouble != "ignore":
             self._weighed = True
@@ -663,13 +663,18 @@ class BilevelOptimizer:
         """The processes that share the inner problem; known since its modules were called."""
         modules = [module for record in self._records for module in record.modules]
         if self._shared is None or self._shared[0] != bool(modules):
-            group = group_of(self.process_group, modules)
+            problem = self.problem()
+            group = group_of(
+                self.process_group, modules, problem.inner_parameters, problem.outer_parameters
+            )
             if group is not None and not self.estimator.averages:
                 raise RuntimeError(
                     f"{type(self.estimator).__name__} does not average over processes: each would "
                     "get another hypergradient. Use ImplicitDifferentiation(...), or one process."
                 )
             self._shared = bool(modules), group
+        if self._shared[1] is not None:
+            self._shared[1].check()
         return self._shared[1]
 
     def _scale(self) -> Tensor | None:
@@ -727,13 +732,18 @@ class BilevelOptimizer:
         A snapshot: later steps do not change it. Holds tensors and plain values only: loads with
         ``torch.load(..., weights_only=True)``. Closures are not saved: after loading, an inner
         step comes before the next outer step.
+
+        Where the inner parameters are in parts over several processes, it is what this one holds,
+        as one entry: save it with ``torch.distributed.checkpoint``, load it by as many processes.
         """
-        return {
+        state = {
             "inner": [copy.deepcopy(optimizer.state_dict()) for optimizer in self._real],
             "outer": copy.deepcopy(self.outer.state_dict()),
             "estimator": self.estimator.state_dict(),
             "steps": dict(self._steps),
         }
+        first = self.problem().inner_parameters[0]
+        return packed(state, first) if is_sharded(first) else state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restores what :meth:`state_dict` gave; the run then continues bit for bit.
@@ -742,6 +752,11 @@ class BilevelOptimizer:
             ValueError: it is no such dict, or of other optimizers or another strategy; nothing has
                 been changed then.
         """
+        first = self.problem().inner_parameters[0]
+        if is_sharded(first):
+            state_dict = unpacked(state_dict, first)
+            states = zip(state_dict["inner"], self._real, strict=True)
+            state_dict = {**state_dict, "inner": [joined(state, o) for state, o in states]}
         inner = _checked_state(state_dict, self._real, self.outer)
         self.estimator.load_state_dict(state_dict["estimator"])  # first: it may refuse
         # torch's optimizers share tensors with what they load, and would move a checkpoint.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ._tensors import inner_product, inner_products
+from ._tensors import inner_product, inner_products, seeded_generator
 from .inner_gradient import InnerGradient
 
 __all__ = ["Damped", "Dense", "InnerGradient", "LinearOperator", "Shifted", "Summed"]
@@ -17,12 +17,13 @@ __all__ = ["Damped", "Dense", "InnerGradient", "LinearOperator", "Shifted", "Sum
 class LinearOperator(ABC):
     """A symmetric n×n matrix known by its products.
 
-    A strategy touches vectors by ``@``, elementwise arithmetic, :meth:`inner` and :meth:`inners`,
-    nothing else: then it runs unchanged when vectors are sharded over processes, because only
-    these two reduce over n.
+    A strategy touches vectors by ``@``, elementwise arithmetic and the methods here, nothing else:
+    then it runs unchanged when vectors are sharded over processes. Below, n as the length of a
+    vector is that of the part that this process holds.
 
     Attributes:
         shape, dtype, device: of the matrix.
+        length: entries of a vector that this process holds: n, or fewer where they are sharded.
         matvecs: products done so far; a product with k columns counts k, a joint product one.
         approximate: whether it stands for another matrix, as Gauss-Newton does for the Hessian.
     """
@@ -31,6 +32,7 @@ class LinearOperator(ABC):
 
     def __init__(self, n: int, dtype: torch.dtype, device: torch.device) -> None:
         self.shape = (n, n)
+        self.length = n
         self.dtype = dtype
         self.device = device
         self.matvecs = 0
@@ -76,7 +78,7 @@ class LinearOperator(ABC):
 
     def basis(self, index: Sequence[int]) -> Tensor:
         """(n, k) unit vectors E_K for the global indices K."""
-        E = torch.zeros(len(index), self.shape[0], dtype=self.dtype, device=self.device)
+        E = torch.zeros(len(index), self.length, dtype=self.dtype, device=self.device)
         columns = torch.tensor(index, device=self.device)
         rows = torch.arange(len(index), device=self.device)
         return E.index_put_((rows, columns), E.new_ones(())).mT
@@ -87,12 +89,18 @@ class LinearOperator(ABC):
 
     def place(self, y: Tensor, index: Sequence[int]) -> Tensor:
         """E_K y, the vector with y at the global indices K: (k,) -> (n,)."""
-        x = torch.zeros(self.shape[0], dtype=y.dtype, device=self.device)
+        x = torch.zeros(self.length, dtype=y.dtype, device=self.device)
         return x.index_put((torch.tensor(index, device=self.device),), y)
 
+    def normal(self, seed: int) -> Tensor:
+        """(n,) with standard normal entries, a function of the seed."""
+        generator = seeded_generator(seed, self.device)
+        return torch.randn(self.length, dtype=self.dtype, device=self.device, generator=generator)
+
     def dense(self) -> Tensor:
-        """The (n, n) matrix, by n products: for tests and tiny problems."""
-        return self @ torch.eye(self.shape[0], dtype=self.dtype, device=self.device)
+        """The whole (n, n) matrix, by n products: for tests and tiny problems."""
+        every = range(self.shape[0])
+        return self.take(self @ self.basis(every), every)
 
 
 class Dense(LinearOperator):
@@ -122,6 +130,7 @@ class Wrapping(LinearOperator):
 
     def __init__(self, operator: LinearOperator) -> None:
         super().__init__(operator.shape[0], operator.dtype, operator.device)
+        self.length = operator.length
         self.operator, self.approximate = operator, operator.approximate
 
     def inner(self, x: Tensor, y: Tensor) -> Tensor:
@@ -138,6 +147,9 @@ class Wrapping(LinearOperator):
 
     def place(self, y: Tensor, index: Sequence[int]) -> Tensor:
         return self.operator.place(y, index)
+
+    def normal(self, seed: int) -> Tensor:
+        return self.operator.normal(seed)
 
 
 class Damped(Wrapping):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._graph import graph_dtypes, graph_leaves, graph_nodes
-from ._tensors import FlatLayout
+from ._tensors import FlatLayout, here, wide_dtype
 from .recording import Evaluation, Restoring
 
 # h, the step along x as a part of the size of θ, by the precision that f computes in.
@@ -36,13 +36,13 @@ class PlainGradient:
         sign: s.
         scale: what f is multiplied by before it is differentiated, such as a GradScaler's scale.
         step: h; None: 2e-6 where f computes in float64, 0.003 in float32, 0.05 below.
+        total: the sum over all entries of vectors from that over those of this process.
+        settle: called whenever inner parameters were written to.
 
     Attributes:
         gradient: (n,) ∇f at θ.
         loss: f at θ.
         reached: for each outer parameter, whether f depends on it.
-        kink: the largest ‖g₊ + g₋ - 2g₀‖ / ‖g₊ - g₋‖ of the products so far, g the gradients at
-            θ ± εx and at θ: 0.8 to 1 where f has kinks.
         precision: machine epsilon of the coarsest dtype that f is known to compute in, where it is
             coarser than that of the vectors.
 
@@ -61,13 +61,17 @@ class PlainGradient:
         sign: float = 1.0,
         scale: Tensor | float = 1.0,
         step: float | None = None,
+        total: Callable[[Tensor], Tensor] = lambda part: part,
+        settle: Callable[[], None] = lambda: None,
     ) -> None:
+        self._total, self._settle = total, settle
         self._terms, self.inner, self.outer = list(terms), list(inner), list(outer)
         self._sign, self._scale = sign, scale
         self.layout, self.outer_layout = FlatLayout(self.inner), FlatLayout(self.outer)
         _check_precision(self.inner)
-        self._theta = [p.detach().clone() for p in self.inner]
-        self._sizes = torch.stack([size_of(p) for p in self.inner]).to(self.layout.dtype)
+        self._theta = [here(p.detach()).clone() for p in self.inner]
+        least = torch.stack([smallest_size(p) for p in self.inner])
+        self._sizes = torch.maximum(self._lengths(self._theta), least.to(self.layout.dtype))
         self._dtypes = set(self.layout.dtypes)
         self.reached = [False] * len(self.outer)
         self.loss = torch.zeros((), device=self.layout.device)
@@ -76,14 +80,24 @@ class PlainGradient:
         self.step = STEPS.get(coarsest, _COARSE_STEP) if step is None else step
         eps = torch.finfo(coarsest).eps
         self.precision = eps if eps > torch.finfo(self.layout.dtype).eps else None
-        self._rounding = _NOISE * eps * torch.linalg.vector_norm(self.gradient)
-        self.kink = torch.zeros_like(self._rounding)
+        self._rounding = _NOISE * eps * self._lengths([self.gradient])[0]
+        self._bends: list[Tensor] = []  # ‖g₊ + g₋ - 2g₀‖², ‖g₊ - g₋‖² of each product, our part
+
+    @property
+    def kink(self) -> Tensor:
+        """The largest ‖g₊ + g₋ - 2g₀‖ / ‖g₊ - g₋‖ of the products so far, g the gradients at
+        θ ± εx and at θ: 0.8 to 1 where f has kinks.
+        """
+        if not self._bends:
+            return torch.zeros_like(self._rounding)
+        bend, apart = self._total(torch.stack(self._bends)).sqrt().to(self._rounding).unbind(1)
+        length = apart + self._rounding
+        return (bend / torch.where(length > 0, length, 1.0)).amax()
 
     def differences(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(Hx, Jᵀx) ≈ (∇f(θ + εx) - ∇f(θ - εx)) / 2ε over θ and over φ: (n,) -> (n,), (h,)."""
         parts = self.layout.unflatten(x)
-        lengths = torch.stack([torch.linalg.vector_norm(part) for part in parts])
-        longest = (lengths.to(self._sizes.dtype) / self._sizes).amax()
+        longest = (self._lengths(parts) / self._sizes).amax()
         epsilon = torch.where(longest > 0, self.step / longest, 1.0)
         with self._beside(parts, epsilon, 1.0):
             plus, cross_plus = self._gradients()
@@ -91,9 +105,7 @@ class PlainGradient:
             minus, cross_minus = self._gradients()
         bend = (plus + minus).sub_(self.gradient, alpha=2)
         apart = plus.sub_(minus)
-        length = torch.linalg.vector_norm(apart) + self._rounding
-        bent = torch.linalg.vector_norm(bend) / torch.where(length > 0, length, 1.0)
-        self.kink = torch.maximum(self.kink, bent)
+        self._bends.append(_squares([bend, apart]))
         width = 2 * epsilon
         return apart.div_(width), (cross_plus - cross_minus) / width.to(cross_plus.dtype)
 
@@ -107,12 +119,18 @@ class PlainGradient:
         with Restoring() as present:
             present.finally_do(self._put_back)
             for p, theta, part in zip(self.inner, self._theta, parts, strict=True):
-                torch.addcmul(theta, part, epsilon.to(p.dtype), value=side, out=p.data)
+                torch.addcmul(theta, part, epsilon.to(p.dtype), value=side, out=here(p.data))
+            self._settle()
             yield
 
     def _put_back(self) -> None:
         for p, theta in zip(self.inner, self._theta, strict=True):
-            p.data.copy_(theta)
+            here(p.data).copy_(theta)
+        self._settle()
+
+    def _lengths(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The norm of each tensor, all of it."""
+        return self._total(_squares(tensors)).sqrt().to(self.layout.dtype)
 
     def _gradients(self, first: bool = False) -> tuple[Tensor, Tensor]:
         """(∇_θ f, ∇_φ f) where θ is now."""
@@ -163,9 +181,19 @@ def _flat(layout: FlatLayout, grads: Sequence[Tensor | None]) -> Tensor:
 
 def size_of(parameter: Tensor) -> Tensor:
     """max(‖θ‖, √rows / 10): what a step of a tensor is measured by, also where it is zero."""
+    own = torch.linalg.vector_norm(parameter.detach())
+    return torch.maximum(own, smallest_size(parameter).to(own))
+
+
+def smallest_size(parameter: Tensor) -> Tensor:
     rows = parameter.shape[0] if parameter.ndim > 1 else 1
-    size: Tensor = torch.linalg.vector_norm(parameter.detach()).clamp(min=0.1 * rows**0.5)
-    return size
+    return torch.full((), 0.1 * rows**0.5, device=parameter.device)
+
+
+def _squares(tensors: Sequence[Tensor]) -> Tensor:
+    """Σ t² of each tensor, in a dtype where it does not underflow."""
+    lengths = torch.stack([torch.linalg.vector_norm(t) for t in tensors])
+    return lengths.to(wide_dtype(lengths)).square()
 
 
 def floating_dtypes(loss: Tensor) -> set[torch.dtype]:

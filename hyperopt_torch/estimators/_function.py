@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -142,6 +143,10 @@ class PlainFunction:
 
             return evaluated
 
+        whole: dict[str, Any] = {}
+        if problem.group is not None:
+            problem.group.settle()
+            whole = {"total": problem.group.total, "settle": problem.group.settle}
         with problem.explained_training_errors():
             gradient = PlainGradient(
                 [(weight, fresh(evaluate)) for weight, evaluate in objective.terms],
@@ -150,6 +155,7 @@ class PlainFunction:
                 sign=sign,
                 scale=1.0 if problem.scale is None else problem.scale,
                 step=curvature.step,
+                **whole,
             )
         self._gradient = gradient
         self.layout, self.outer_layout = gradient.layout, gradient.outer_layout

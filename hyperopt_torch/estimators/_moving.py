@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .._tensors import FlatLayout
-from ..operators import LinearOperator
+from .._tensors import FlatLayout, here
+from ..operators import LinearOperator, Wrapping
 
 
-class Moving(LinearOperator):
+class Moving(Wrapping):
     """P H P + (I - P) for a projection P onto entries: the others are zero in, zero out.
 
     Args:
@@ -20,9 +20,8 @@ class Moving(LinearOperator):
     """
 
     def __init__(self, operator: LinearOperator, moving: Tensor) -> None:
-        super().__init__(operator.shape[0], operator.dtype, operator.device)
-        self.operator, self.moving = operator, moving
-        self.approximate = operator.approximate
+        super().__init__(operator)
+        self.moving = moving
 
     def _product(self, x: Tensor) -> Tensor:
         m = self.moving
@@ -41,12 +40,6 @@ class Moving(LinearOperator):
         m = self.moving
         return m * self.operator.exact(m * x) + (1 - m) * x
 
-    def inner(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.operator.inner(x, y)
-
-    def inners(self, X: Tensor, Y: Tensor) -> Tensor:
-        return self.operator.inners(X, Y)
-
 
 def hook_zeros(parameters: Sequence[Tensor]) -> dict[int, Tensor]:
     """Where the gradients of parameters with hooks are zero, by their number.
@@ -54,7 +47,7 @@ def hook_zeros(parameters: Sequence[Tensor]) -> dict[int, Tensor]:
     A hook that multiplies by a mask, as for pruning, keeps these entries from moving.
     """
     hooked = [(i, p) for i, p in enumerate(parameters) if p._backward_hooks]
-    return {i: p.grad == 0 for i, p in hooked if p.grad is not None and not p.grad.is_sparse}
+    return {i: here(p.grad) == 0 for i, p in hooked if p.grad is not None and not p.grad.is_sparse}
 
 
 def moving(zeros: Mapping[int, Tensor], gradient: Tensor, layout: FlatLayout) -> Tensor | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .._graph import check_differentiable, explained
-from .._tensors import dense, trainable
+from .._tensors import dense, here, trainable
 from ..distributed import Group
 from ..inner_optimizer import Facts, Prober, learned, parameters_of
 from ..plain_gradient import plain_gradients
@@ -158,7 +158,8 @@ class BilevelProblem:
                 if g is not None:
                     total[i] = weight * g if (known := total[i]) is None else known + weight * g
         pairs = zip(total, tensors, strict=True)
-        linear = [(g * (t - t.detach())).sum() for g, t in pairs if g is not None]
+        parts = [(g, here(t)) for g, t in pairs if g is not None]
+        linear = [(g * (t - t.detach())).sum() for g, t in parts]
         return torch.stack([part.to(value.dtype) for part in linear]).sum() + value
 
 

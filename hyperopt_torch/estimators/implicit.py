@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._tensors import FlatLayout, inner_product
+from .._tensors import FlatLayout, inner_product, is_sharded
 from ..curvature import Curvature, FirstOrderCurvature, Hessian
-from ..distributed import Averaged, Group
+from ..distributed import Group
 from ..ihvp import IHVP, Solution
 from ..ihvp.base import InnerStep
 from ..inner_optimizer import Prober
@@ -76,6 +76,12 @@ class ImplicitDifferentiation(HypergradientEstimator):
 
     def check(self, problem: BilevelProblem) -> None:
         _check_no_hyperparameter(problem)
+        if not self.first_order and any(map(is_sharded, problem.inner_parameters)):
+            raise RuntimeError(
+                "The inner parameters are in parts (FSDP2, DTensor), and their gradients cannot be "
+                "differentiated again: pass curvature=FiniteDifference(), which needs first "
+                "gradients alone."
+            )
 
     def before_backward(self, problem: BilevelProblem, evaluation: Evaluation) -> None:
         if not self.ihvp.observes:
@@ -113,12 +119,12 @@ class ImplicitDifferentiation(HypergradientEstimator):
         group = problem.group
         if group is not None:
             self._agree(group, device=outer_loss.device)
-            means = group.mean_where([*b_parts, *direct])
-            b_parts, direct = means[: len(b_parts)], means[len(b_parts) :]
+            b_parts, direct = group.gradients(b_parts, direct)
         objective = problem.known_objective()
         layout = FlatLayout(problem.inner_parameters)
         facts = all_facts(self._prober, problem)
-        self._notice_jump(layout.flatten([p.detach() for p in problem.inner_parameters]))
+        theta = layout.flatten([p.detach() for p in problem.inner_parameters])
+        self._notice_jump(theta, group)
         b = layout.flatten(b_parts)
         with objective.plain_world if self.first_order else objective.world:
             f = self._function(problem, objective, facts.sign)
@@ -128,7 +134,7 @@ class ImplicitDifferentiation(HypergradientEstimator):
                 self.ihvp.observe_penalty(penalty if decay is None else penalty + decay.mean())
             operator = f.operator
             if group is not None:
-                operator = Averaged(operator, group)
+                operator = group.operator(operator)
             with torch.no_grad():
                 if decay is not None:
                     operator = Shifted(operator, decay)
@@ -141,16 +147,15 @@ class ImplicitDifferentiation(HypergradientEstimator):
                 check = self._self_check(problem, objective, f)
         gradient = f.gradient
         if decay is not None:
-            theta = layout.flatten([p.detach() for p in problem.inner_parameters])
             gradient = gradient + decay * theta
         loss, kink = f.loss, f.kink
+        size = operator.inner(gradient, gradient).sqrt()
         if group is not None:  # a few numbers, so that what one process meets all of them know
-            size = inner_product(gradient, gradient).sqrt()
             loss, value, size = group.mean([loss, outer_loss, size])
-            loss, gradient = loss + 0 * value, size[None]
+            loss = loss + 0 * value
             kink = None if kink is None else group.mean([kink])[0]
             check = None if check is None else _mean_check(group, check, size)
-        report = self._report(solution, operator, b, gradient)
+        report = self._report(solution, operator, b, size)
         self.report = replace(
             report,
             loss=loss,
@@ -196,14 +201,16 @@ class ImplicitDifferentiation(HypergradientEstimator):
         self._checked = True
         return self_check(problem, objective, f)
 
-    def _notice_jump(self, theta: Tensor) -> None:
+    def _notice_jump(self, theta: Tensor, group: Group | None) -> None:
         """Resets a strategy that follows a path where θ was replaced under it: one sync."""
         if not self.ihvp.follows:
             return
         last, self._theta = self._theta, theta.clone()
         if last is not None and last.shape == theta.shape and last.device == theta.device:
-            size = torch.maximum(inner_product(last, last), inner_product(theta, theta))
-            if bool(inner_product(theta - last, theta - last) > _JUMP**2 * size):
+            vectors = last, theta, theta - last
+            squares = torch.stack([inner_product(x, x) for x in vectors])
+            before, now, moved = squares if group is None else group.total(squares)
+            if bool(moved > _JUMP**2 * torch.maximum(before, now)):
                 self.ihvp.reset()
 
     def _solve(self, operator: LinearOperator, b: Tensor) -> tuple[Solution, Tensor]:
@@ -225,7 +232,7 @@ class ImplicitDifferentiation(HypergradientEstimator):
         return float(self.ihvp.damping) if own is None else own
 
     def _report(
-        self, solution: Solution, operator: LinearOperator, b: Tensor, gradient: Tensor
+        self, solution: Solution, operator: LinearOperator, b: Tensor, size: Tensor
     ) -> SolveReport:
         def norm(x: Tensor) -> Tensor:
             return operator.inner(x, x).sqrt()
@@ -235,7 +242,7 @@ class ImplicitDifferentiation(HypergradientEstimator):
             matvecs=operator.matvecs,
             rhs_norm=norm(b),
             solution_norm=norm(solution.x),
-            inner_gradient_norm=norm(gradient),
+            inner_gradient_norm=size,
             residual=solution.residual,
             rank=solution.rank,
             negative_curvature=solution.negative_curvature,

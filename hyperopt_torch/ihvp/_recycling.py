@@ -170,7 +170,7 @@ class RecycledPairs(Preconditioner):
         return float((sizes[q + 1] / sizes[q]).amax().sqrt()) * self.unit
 
     def prepare(self, operator: LinearOperator, damping: float) -> Callable[[Tensor], Tensor]:
-        if not self.alive() or self.state["rows"].shape[1] != operator.shape[0]:
+        if not self.alive() or self.state["rows"].shape[1] != operator.length:
             return lambda r: r
         R = self.ring(self.state["rows"][0])
         gamma, M = self.coordinates(damping, self.alive())

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from ..operators import LinearOperator
+from ..operators import LinearOperator, Wrapping
 
 
-class Watched(LinearOperator):
+class Watched(Wrapping):
     """The same operator; remembers whether anything that came out of it was not finite.
 
     A safeguard compares, and a comparison with NaN is false: so it may return an older iterate, or
@@ -21,8 +19,7 @@ class Watched(LinearOperator):
     """
 
     def __init__(self, operator: LinearOperator, rhs: Tensor) -> None:
-        super().__init__(operator.shape[0], operator.dtype, operator.device)
-        self.operator, self.approximate = operator, operator.approximate
+        super().__init__(operator)
         self.poison = _poisoned(rhs.new_zeros(()), rhs)
 
     def _keep(self, product: Tensor) -> Tensor:
@@ -42,21 +39,6 @@ class Watched(LinearOperator):
 
     def _exact(self, x: Tensor) -> Tensor:
         return self._keep(self.operator.exact(x))
-
-    def inner(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.operator.inner(x, y)
-
-    def inners(self, X: Tensor, Y: Tensor) -> Tensor:
-        return self.operator.inners(X, Y)
-
-    def basis(self, index: Sequence[int]) -> Tensor:
-        return self.operator.basis(index)
-
-    def take(self, x: Tensor, index: Sequence[int]) -> Tensor:
-        return self.operator.take(x, index)
-
-    def place(self, y: Tensor, index: Sequence[int]) -> Tensor:
-        return self.operator.place(y, index)
 
 
 def _poisoned(poison: Tensor, x: Tensor) -> Tensor:

@@ -41,5 +41,7 @@ class DenseSolve(IHVP):
         H = operator.dense().to(wide_dtype(rhs))  # (n, n)
         eigenvalues, V = torch.linalg.eigh((H + H.mT) / 2)
         shifted = eigenvalues + self.damped(operator, rhs).damping
-        x = V @ ((V.mT @ rhs.to(H.dtype)) / shifted)
-        return Solution(x.to(rhs.dtype), negative_curvature=(shifted <= 0).any())
+        every = range(operator.shape[0])
+        b = operator.take(rhs, every).to(H.dtype)
+        x = operator.place((V @ ((V.mT @ b) / shifted)).to(rhs.dtype), every)
+        return Solution(x, negative_curvature=(shifted <= 0).any())

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._tensors import draw_seed, seeded_generator, seeded_rng, wide_dtype
+from .._tensors import draw_seed, seeded_rng, wide_dtype
 from ..errors import check_choice, check_count
 from ..operators import LinearOperator
 from ._damping import AUTO, check_damping
@@ -283,14 +283,7 @@ class _Gaussian(_TestVectors):
         self.operator, self.seeds, self.chunk = operator, seeds, chunk
 
     def columns(self, start: int, stop: int) -> Tensor:
-        n, dtype, device = self.operator.shape[0], self.operator.dtype, self.operator.device
-        return torch.stack(
-            [
-                torch.randn(n, dtype=dtype, device=device, generator=seeded_generator(s, device))
-                for s in self.seeds[start:stop]
-            ],
-            dim=1,
-        )
+        return torch.stack([self.operator.normal(s) for s in self.seeds[start:stop]], dim=1)
 
     def _chunks(self) -> list[tuple[int, int]]:
         k = len(self.seeds)
@@ -300,7 +293,7 @@ class _Gaussian(_TestVectors):
         return torch.cat([self.operator.inner(self.columns(*c), x) for c in self._chunks()])
 
     def combine(self, y: Tensor) -> Tensor:
-        total = torch.zeros(self.operator.shape[0], dtype=y.dtype, device=y.device)
+        total = torch.zeros(self.operator.length, dtype=y.dtype, device=y.device)
         for start, stop in self._chunks():
             total = total + self.columns(start, stop) @ y[start:stop]
         return total

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._tensors import draw_seed, seeded_generator, seeded_rng
+from .._tensors import draw_seed, seeded_rng
 from ..errors import check_count, check_number
 from ..operators import LinearOperator
 from ._descent import begin, descend, rescued
@@ -63,14 +63,10 @@ class NystromSketch(Preconditioner):
         return bool(indefinite)
 
     def _test_vectors(self, operator: LinearOperator) -> Tensor:
-        n = operator.shape[0]
-        rank = min(self.rank, n)
+        rank = min(self.rank, operator.shape[0])
         rng = seeded_rng(self.state["seed"], self.state["draws"])
         self.state["draws"] += 1
-        generator = seeded_generator(rng.getrandbits(62), operator.device)
-        Omega = torch.randn(
-            rank, n, dtype=operator.dtype, device=operator.device, generator=generator
-        ).mT
+        Omega = torch.stack([operator.normal(rng.getrandbits(62)) for _ in range(rank)]).mT
         U: Tensor | None = self.state.get("U")
         if U is not None and U.shape == Omega.shape:
             half = rank // 2
@@ -84,7 +80,7 @@ class NystromSketch(Preconditioner):
 
     def prepare(self, operator: LinearOperator, damping: float) -> Callable[[Tensor], Tensor]:
         U: Tensor | None = self.state.get("U")
-        if U is None or U.shape[0] != operator.shape[0]:
+        if U is None or len(U) != operator.length:
             self.refresh(operator)
             U = self.state["U"]
         lam: Tensor = self.state["lam"]

@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .operators import LinearOperator, Wrapping
-
-_UNKNOWN = (
-    "torch.distributed runs {world} processes, and it cannot be known whether they share this "
-    "inner problem: its module is no DistributedDataParallel. Pass process_group="
-    "torch.distributed.group.WORLD to BilevelOptimizer if they do (each process holds all "
-    "parameters and its own batch, and gradients are averaged), or process_group=False if each "
-    "solves its own problem."
-)
-_SHARDED = (
-    "The inner parameters are sharded over several processes (FSDP, DTensor), which the products "
-    "do not know of yet: each process would get another hypergradient. Keep them whole in every "
-    "process (DistributedDataParallel), or run the bilevel loop in one process."
-)
+from ..operators import LinearOperator, Wrapping
 
 
 class Group:
@@ -39,6 +26,8 @@ class Group:
 
     def mean(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The mean of each tensor over the processes, the same bits in all: one message."""
+        if not tensors:
+            return []
         dtype = tensors[0].dtype
         for t in tensors:
             dtype = torch.promote_types(dtype, t.dtype)
@@ -52,6 +41,27 @@ class Group:
         """The same where some are None, the same ones in every process."""
         means = iter(self.mean([t for t in tensors if t is not None]))
         return [None if t is None else next(means) for t in tensors]
+
+    def check(self) -> None:
+        """RuntimeError where gradients would not be those of all."""
+
+    def settle(self) -> None:
+        """Called when inner parameters were written to."""
+
+    def total(self, part: Tensor) -> Tensor:
+        """The sum over all entries of vectors from that over those of this process."""
+        return part
+
+    def gradients(
+        self, b: Sequence[Tensor | None], c: Sequence[Tensor | None]
+    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """The gradients of the mean loss over θ and over φ from those of each process."""
+        means = self.mean_where([*b, *c])
+        return means[: len(b)], means[len(b) :]
+
+    def operator(self, operator: LinearOperator) -> LinearOperator:
+        """That of the mean loss from that of each process."""
+        return Averaged(operator, self)
 
     def seed(self, own: int, device: torch.device) -> int:
         """The seed of the first process, in all of them."""
@@ -83,38 +93,3 @@ class Averaged(Wrapping):
 
     def _exact(self, x: Tensor) -> Tensor:
         return self._group.mean([self.operator.exact(x)])[0]
-
-
-def group_of(wanted: Any, modules: Iterable[nn.Module]) -> Group | None:
-    """The processes that share the inner problem of these modules; None for this one alone.
-
-    Args:
-        wanted: a process group; False for none; None to find out.
-
-    Raises:
-        RuntimeError: it cannot be known; or the parameters are sharded.
-    """
-    distributed = torch.distributed
-    if not distributed.is_available() or not distributed.is_initialized():
-        if wanted:
-            raise RuntimeError(
-                "process_group was given, but torch.distributed is not initialised: call "
-                "torch.distributed.init_process_group first."
-            )
-        return None
-    if wanted is False:
-        return None
-    found = list(modules)
-    if any(hasattr(p, "placements") for module in found for p in module.parameters()):
-        raise RuntimeError(_SHARDED)
-    if wanted is not None:
-        group = Group(wanted)
-        return group if group.size > 1 else None
-    world = distributed.get_world_size()
-    if world == 1:
-        return None
-    for module in found:
-        if isinstance(module, nn.parallel.DistributedDataParallel):
-            group = Group(module.process_group)
-            return group if group.size > 1 else None
-    raise RuntimeError(_UNKNOWN.format(world=world))
