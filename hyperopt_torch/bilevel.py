@@ -229,6 +229,7 @@ class BilevelOptimizer:
 
     def _before_backward(self, problem: BilevelProblem, evaluation: Evaluation) -> None:
         if self._observes and self._observing:
+            problem.group = self._group(self._pending)
             with problem.explained_training_errors():
                 self.estimator.before_backward(problem, evaluation)
 
@@ -636,7 +637,7 @@ class BilevelOptimizer:
             hook_zeros=self._hook_zeros,
             self_check=self.self_check,
             reader=self._recorder.reader,
-            group=self._group(),
+            group=self._group(self._records),
         )
         parameters = [*problem.inner_parameters, *problem.outer_parameters]
         n = FlatLayout(problem.inner_parameters).n
@@ -659,9 +660,9 @@ class BilevelOptimizer:
         self.estimator.report, found = judged(self.estimator.report, found, val_loss)
         return val_loss.detach(), list(zip(problem.outer_parameters, found, strict=True))
 
-    def _group(self) -> Group | None:
+    def _group(self, records: Sequence[Record]) -> Group | None:
         """The processes that share the inner problem; known since its modules were called."""
-        modules = [module for record in self._records for module in record.modules]
+        modules = [module for record in records for module in record.modules]
         if self._shared is None or self._shared[0] != bool(modules):
             problem = self.problem()
             group = group_of(

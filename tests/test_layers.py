@@ -22,7 +22,11 @@ LAYERS = [
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 BASES = {"base", "__init__"}
-ROOMS = {"recording", "inner_optimizer"}  # one thing in several files, not strategies
+ROOMS = {
+    "recording",
+    "inner_optimizer",
+    "distributed",
+}  # one thing in several files, not strategies
 
 
 def modules():

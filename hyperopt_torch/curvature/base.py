@@ -33,6 +33,11 @@ class Curvature(ABC):
                 :class:`~hyperopt_torch.plain_gradient.PlainGradient` for those that say so.
         """
 
+    def __repr__(self) -> str:
+        settings = {k: v for k, v in vars(self).items() if not k.startswith("_")}
+        told = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+        return f"{type(self).__name__}({told})"
+
 
 class FirstOrderCurvature(Curvature):
     """A choice that needs first gradients alone, taken at θ and beside it."""

@@ -24,8 +24,15 @@ class Group:
         self.size = int(torch.distributed.get_world_size(process_group))
         self.messages = 0
 
+    def sums(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The sum of each tensor over the processes, the same bits in all: one message."""
+        return self._reduced(tensors, 1)
+
     def mean(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The mean of each tensor over the processes, the same bits in all: one message."""
+        return self._reduced(tensors, self.size)
+
+    def _reduced(self, tensors: Sequence[Tensor], divisor: int) -> list[Tensor]:
         if not tensors:
             return []
         dtype = tensors[0].dtype
@@ -34,8 +41,17 @@ class Group:
         flat = torch.cat([t.detach().reshape(-1).to(dtype) for t in tensors])
         self.messages += 1
         torch.distributed.all_reduce(flat, group=self._group)
-        parts = torch.split(flat / self.size, [t.numel() for t in tensors])
+        flat = flat if divisor == 1 else flat / divisor
+        parts = torch.split(flat, [t.numel() for t in tensors])
         return [part.view(t.shape).to(t.dtype) for part, t in zip(parts, tensors, strict=True)]
+
+    def places(self, count: int, device: torch.device) -> tuple[int, int]:
+        """(start, total): where our ``count`` entries lie among those of all, by rank."""
+        counts = torch.zeros(self.size, dtype=torch.int64, device=device)
+        rank = int(torch.distributed.get_rank(self._group))
+        counts[rank] = count
+        known = self.sums([counts])[0].tolist()
+        return sum(known[:rank]), sum(known)
 
     def mean_where(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The same where some are None, the same ones in every process."""

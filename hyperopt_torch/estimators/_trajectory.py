@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .._graph import check_differentiable, graph_leaves, graph_nodes
-from .._tensors import inner_product
+from .._tensors import inner_product, is_sharded
 from ..inner_optimizer import (
     Change,
     Gradients,
@@ -75,12 +75,29 @@ class TrajectoryEstimator(HypergradientEstimator):
         every_step: whether every step keeps parameters and optimizer state, or the first alone.
     """
 
+    averages = True
+
     def __init__(self, window: int | None, every_step: bool) -> None:
         self._every_step = every_step
         self._steps: deque[RecordedStep] = deque(maxlen=window)
         self._initial: list[Tensor] | None = None  # what θ was started from, if all is on record
         self._skipped = False  # a step was not taken
         self._finished = False  # a hypergradient was taken: the next step begins a new stretch
+
+    def check(self, problem: BilevelProblem) -> None:
+        if any(map(is_sharded, problem.inner_parameters)):
+            raise RuntimeError(
+                f"{type(self).__name__} takes inner steps again, which it cannot where parameters "
+                "are in parts (FSDP2, DTensor): use ImplicitDifferentiation with "
+                "curvature=FiniteDifference(), or whole parameters (DistributedDataParallel)."
+            )
+
+    def outer_gradients(
+        self, problem: BilevelProblem, outer_loss: Tensor
+    ) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
+        """∂g/∂θ and ∂g/∂φ of the mean loss of all processes."""
+        b, direct = problem.outer_gradients(outer_loss)
+        return (b, direct) if problem.group is None else problem.group.gradients(b, direct)
 
     def observe(self, problem: BilevelProblem, records: Sequence[Record]) -> None:
         if not records:
@@ -251,12 +268,14 @@ def follow(
                 grads = torch.autograd.grad(evaluation.loss, parameters, allow_unused=True)
             total = [plus(s, weight, g) for s, g in zip(total, grads, strict=True)]
             loss = loss + weight * evaluation.loss.detach()
+        *total, mean = problem.over_processes([*total, loss])
+        assert mean is not None
         if i == len(changes):
             changes.append(step.change_from(total))
         total = changes[i](total)
         for p, q, g in zip(parameters, stand_ins, total, strict=True):
             p.grad = q.grad = g  # both: a step hook may clip those of the model
-        return loss
+        return mean
 
     with (
         standing_in(parameters, stand_ins),

@@ -83,6 +83,17 @@ class BilevelProblem:
         # A scale of 2^16 is infinite in float16, and small numbers are zero.
         return _at_least_single(gradient) / self.scale
 
+    def over_processes(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Those of the mean loss of all processes, from those of this one."""
+        return list(gradients) if self.group is None else self.group.mean_where(gradients)
+
+    def in_all_processes(self, agree: Sequence[Tensor]) -> list[Tensor]:
+        """() bools: whether what is true here is true in every process."""
+        if self.group is None or not agree:
+            return list(agree)
+        share = self.group.mean([torch.stack(list(agree)).double()])[0]
+        return list((share == 1).unbind())
+
     def explained_training_errors(self) -> AbstractContextManager[None]:
         """Around a differentiation of the training loss: what went wrong, in the user's terms."""
         if self.objective is None or self.objective.repeatable:

@@ -82,19 +82,33 @@ class ImplicitDifferentiation(HypergradientEstimator):
                 "differentiated again: pass curvature=FiniteDifference(), which needs first "
                 "gradients alone."
             )
+        if self.ihvp.observes and any(map(is_sharded, problem.inner_parameters)):
+            raise RuntimeError(
+                f"{type(self.ihvp).__name__} learns from the inner steps, which it cannot where "
+                "parameters are in parts (FSDP2, DTensor): use a strategy that does not."
+            )
 
     def before_backward(self, problem: BilevelProblem, evaluation: Evaluation) -> None:
         if not self.ihvp.observes:
             return
         parameters, losses = problem.inner_parameters, evaluation.per_sample
-        layout = FlatLayout(parameters)
-        chosen = [] if losses is None else self.ihvp.samples_wanted(len(losses))
-        rows = sample_rows(evaluation, parameters, layout, chosen) if chosen else None
+        layout, size, start = FlatLayout(parameters), evaluation.batch_size, 0
+        if problem.group is not None and size is not None:
+            start, size = problem.group.places(size, layout.device)
+        chosen = [] if losses is None or size is None else self.ihvp.samples_wanted(size)
+        weights = None if evaluation.weights is None else evaluation.weights.detach()
+        rows = None
+        if losses is not None and chosen:
+            own = [sample - start for sample in chosen if 0 <= sample - start < len(losses)]
+            rows = torch.zeros(0, layout.n, dtype=layout.dtype, device=layout.device)
+            rows = sample_rows(evaluation, parameters, layout, own) if own else rows
+        if problem.group is not None and losses is not None and size is not None:
+            weights, rows = _of_all(problem.group, weights, rows, (start, size), chosen)
         self._rows.append(
             InnerStep(
                 parameters[0].new_zeros(0),
-                batch_size=evaluation.batch_size,
-                weights=None if evaluation.weights is None else evaluation.weights.detach(),
+                batch_size=size,
+                weights=weights,
                 chosen=chosen,
                 chosen_rows=rows,
             )
@@ -118,7 +132,9 @@ class ImplicitDifferentiation(HypergradientEstimator):
         b_parts, direct = problem.outer_gradients(outer_loss, plain=self.first_order)
         group = problem.group
         if group is not None:
-            self._agree(group, device=outer_loss.device)
+            if not self._agreed:  # on the seeds of the first process
+                self._agreed, device = True, outer_loss.device
+                self.ihvp.reseed(lambda seed: group.seed(seed, device))
             b_parts, direct = group.gradients(b_parts, direct)
         objective = problem.known_objective()
         layout = FlatLayout(problem.inner_parameters)
@@ -131,6 +147,7 @@ class ImplicitDifferentiation(HypergradientEstimator):
             decay = _as_vector(facts.decay, layout)
             if self.ihvp.observes and not (f.penalty is None and decay is None):
                 penalty = torch.zeros_like(b[0]) if f.penalty is None else f.penalty
+                penalty = penalty if group is None else group.mean([penalty])[0]
                 self.ihvp.observe_penalty(penalty if decay is None else penalty + decay.mean())
             operator = f.operator
             if group is not None:
@@ -173,17 +190,6 @@ class ImplicitDifferentiation(HypergradientEstimator):
             "the direct term ∂g/∂φ alone. Implicit differentiation cannot tune what does not enter "
             "the training loss.",
         )
-
-    def _agree(self, group: Group, device: torch.device) -> None:
-        """Once: the same seeds in every process; and an error where a memory is each one's own."""
-        if self.ihvp.observes:
-            raise RuntimeError(
-                f"{type(self.ihvp).__name__} learns from the inner steps of each process, which "
-                "differ: use a strategy that does not, or one process."
-            )
-        if not self._agreed:
-            self._agreed = True
-            self.ihvp.reseed(lambda seed: group.seed(seed, device))
 
     def _function(
         self, problem: BilevelProblem, objective: InnerObjective, sign: float
@@ -291,6 +297,32 @@ def _mean_check(group: Group, check: SelfCheck, like: Tensor) -> SelfCheck:
     names = [n for n in ("product", "cross", "kink") if getattr(check, n) is not None]
     numbers = like.new_tensor([getattr(check, n) for n in names])
     return check._replace(**dict(zip(names, group.mean([numbers])[0].tolist(), strict=True)))
+
+
+def _of_all(
+    group: Group,
+    weights: Tensor | None,
+    rows: Tensor | None,
+    place: tuple[int, int],
+    chosen: Sequence[int],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Weights and rows of the samples of all processes, from ours; ``place`` is (start, total)."""
+    start, total = place
+    found: list[Tensor] = []
+    if weights is not None:
+        every = weights.new_zeros(total)
+        every[start : start + len(weights)] = weights
+        found.append(every)
+    if rows is not None:
+        first = sum(sample < start for sample in chosen)
+        wanted = rows.new_zeros(len(chosen), rows.shape[1])
+        wanted[first : first + len(rows)] = rows
+        found.append(wanted)
+    summed = iter(group.sums(found))
+    return (
+        None if weights is None else next(summed),
+        None if rows is None else next(summed),
+    )
 
 
 def _joined(gradient: Tensor, parts: Sequence[InnerStep]) -> InnerStep:

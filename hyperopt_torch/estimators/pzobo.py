@@ -102,6 +102,7 @@ class PZOBO(TrajectoryEstimator):
         self.antithetic = bool(antithetic)
         self.seed = draw_seed(generator)
         self._draws = 0
+        self._agreed = False
 
     def __repr__(self) -> str:
         return (
@@ -110,6 +111,7 @@ class PZOBO(TrajectoryEstimator):
         )
 
     def check(self, problem: BilevelProblem) -> None:
+        super().check(problem)
         exact = all("differentiable" in o.defaults and not step_hooks(o) for o in problem.inner)
         if self.smoothing == 0 and not exact:
             raise ValueError(
@@ -120,7 +122,8 @@ class PZOBO(TrajectoryEstimator):
 
     def estimate(self, problem: BilevelProblem, outer_loss: Tensor) -> list[Tensor | None]:
         self.check(problem)
-        b, direct = problem.outer_gradients(outer_loss)
+        b, direct = self.outer_gradients(problem, outer_loss)
+        self._agree(problem)
         steps = self.recorded(problem)
         if not steps:
             self.report, nothing = all_skipped(repr(self), problem, b, direct)
@@ -153,6 +156,12 @@ class PZOBO(TrajectoryEstimator):
             "No inner step on record depends on any outer parameter, so the hypergradient is the "
             "direct term ∂g/∂φ alone.",
         )
+
+    def _agree(self, problem: BilevelProblem) -> None:
+        """Once: the directions of the first process, in all of them."""
+        if problem.group is not None and not self._agreed:
+            self._agreed = True
+            self.seed = problem.group.seed(self.seed, problem.outer_parameters[0].device)
 
     def observe(self, problem: BilevelProblem, records: Sequence[Record]) -> None:
         self._astray, self._after = self._moved(problem), None
@@ -270,7 +279,7 @@ class _Runs:
         with standing_in(inner, step.parameters), self._world.fresh(step.records):
             for record in step.records:
                 again_checked(record, agree)
-        check_repeatable(agree)
+        check_repeatable(self._problem.in_all_processes(agree))
 
 
 def _exact(
@@ -320,6 +329,8 @@ def _exact(
                         moved[j] = [
                             plus(s, weight, g) for s, g in zip(moved[j], parts, strict=True)
                         ]
+            gradients = problem.over_processes(gradients)
+            moved = [problem.over_processes(parts) for parts in moved]
             change = step.change_from(gradients)
             update = Update(
                 problem.inner, step.settings, parameters, state, gradients, change, inner, tuned
@@ -327,7 +338,7 @@ def _exact(
             tangents = [update.push(t, g, e) for t, g, e in zip(tangents, moved, eta, strict=True)]
             parameters = [update.result[i, THETA].detach() for i in range(len(inner))]
             state = update.next_state()
-    check_repeatable(agree)
+    check_repeatable(problem.in_all_processes(agree))
     slopes = [_dot([t.get((i, THETA)) for i in range(len(inner))], b) for t in tangents]
     return torch.stack(slopes), reached
 

@@ -84,6 +84,7 @@ class Unrolled(TrajectoryEstimator):
         return f"Unrolled(window={self.window})"
 
     def check(self, problem: BilevelProblem) -> None:
+        super().check(problem)
         for optimizer in problem.inner:
             self._check(optimizer)
 
@@ -102,7 +103,7 @@ class Unrolled(TrajectoryEstimator):
 
     def estimate(self, problem: BilevelProblem, outer_loss: Tensor) -> list[Tensor | None]:
         self.check(problem)
-        b, direct = problem.outer_gradients(outer_loss)
+        b, direct = self.outer_gradients(problem, outer_loss)
         steps = self.recorded(problem)
         if not steps:
             self.report, nothing = all_skipped(repr(self), problem, b, direct)
@@ -114,7 +115,7 @@ class Unrolled(TrajectoryEstimator):
                 sweep.back(step, after)
                 assert step.parameters is not None
                 after = step.parameters
-        check_repeatable(sweep.agree)
+        check_repeatable(problem.in_all_processes(sweep.agree))
         indirect = sweep.indirect
         for theta, phi in enumerate(self.started_from(problem)):
             sweep.reached[phi] = True
@@ -215,6 +216,7 @@ class _Terms:
                 plus(total, weight, g if used else None)
                 for total, (g, used) in zip(self.gradients, parts, strict=True)
             ]
+        self.gradients = problem.over_processes(self.gradients)
         self.gradient = FlatLayout(problem.inner_parameters).flatten(self.gradients)
 
     def _each(self, agree: list[Tensor]) -> Iterator[tuple[float, InnerGradient]]:
@@ -248,7 +250,8 @@ class _Terms:
             cross = [
                 plus(a, weight, g if u else None) for a, (g, u) in zip(cross, parts, strict=True)
             ]
-        return Hx, cross
+        both = problem.over_processes([*Hx, *cross])
+        return both[: len(Hx)], both[len(Hx) :]
 
 
 def _astray(update: Update, before: list[Tensor], after: list[Tensor]) -> Tensor:
