@@ -15,13 +15,11 @@ row "last step's v" shows by how much the hypergradient drifts in one step.
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -232,33 +230,6 @@ def show(name: str, table: dict[str, Row]) -> None:
         print(f"  {strategy:26}" + "".join(f"{row[c]:11.4g}" for c in columns), flush=True)
 
 
-def draw(tables: dict[str, dict[str, Row]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    columns = 3
-    lines = -(-len(tables) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(13, 3.6 * lines + 1.3), squeeze=False)
-    for axis in axes.flat:
-        axis.set_visible(False)
-    for axis, (name, table) in zip(axes.flat, tables.items(), strict=False):
-        axis.set_visible(True)
-        for i, (strategy, row) in enumerate(table.items()):
-            marker = "os^vD*P"[i // 10] if row["products"] else "x"
-            axis.scatter(
-                row["products"], row["error"], color=f"C{i % 10}", marker=marker, label=strategy
-            )
-        axis.set(title=name, yscale="log", xlabel="products a step", ylabel="median relative error")
-        axis.axhline(1, color="0.7", linewidth=1, zorder=0)
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=5, frameon=False)
-    figure.tight_layout(rect=(0, 1.3 / (3.6 * lines + 1.3), 1, 1))
-    figure.savefig(path, dpi=90)
-    print(f"\nfigure: {path}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--data-root", help="folder that holds MNIST/raw; A uses digits without it")
@@ -266,11 +237,8 @@ def main() -> None:
     parser.add_argument("--outer-steps", type=int, default=40)
     parser.add_argument("--burn-in", type=int, default=5, help="outer steps left out of medians")
     parser.add_argument("--only", default="", help="settings whose name contains this")
-    parser.add_argument("--out", type=Path, default=Path("results"))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    args.out.mkdir(parents=True, exist_ok=True)
-    tables = {}
     for setting in settings(args.data_root):
         if args.only not in setting.name:
             continue
@@ -278,16 +246,7 @@ def main() -> None:
         for seed in args.seeds:
             for name, steps in visit(setting, seed, args.outer_steps).items():
                 rows[name] += steps[args.burn_in :]
-        tables[setting.name] = summarise(rows, 0)
-        show(setting.name, tables[setting.name])
-    with open(args.out / "amortised.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["setting", "strategy", "products", "error", "p90", "cosine", "norm ratio"])
-        for setting_name, table in tables.items():
-            for strategy, row in table.items():
-                keys = ("products", "error", "error p90", "cosine", "norm ratio")
-                writer.writerow([setting_name, strategy, *(f"{row[c]:.4g}" for c in keys)])
-    draw(tables, args.out / "amortised.png")
+        show(setting.name, summarise(rows, 0))
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from hyperopt_torch import CG, IHVP, BilevelOptimizer, DenseSolve, Identity, Neu
 METHODS: dict[str, tuple[Callable[[], IHVP], str, str]] = {  # strategy, colour, line
     "exact": (DenseSolve, "black", ":"),
     "CG, l=5": (lambda: CG(5), "tab:green", "--"),
-    "Identity": (Identity, "tab:gray", "-"),
+    "Identity": (lambda: Identity(1.0), "tab:gray", "-"),
     "Identity ×100": (lambda: Identity(100.0), "tab:gray", "--"),
     "Neumann, l=5, α=1": (lambda: Neumann(5, scale=1.0), "navy", "-"),
     "Neumann, l=5, α=.1": (lambda: Neumann(5, scale=0.1), "royalblue", "-"),
