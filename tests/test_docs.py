@@ -65,7 +65,7 @@ def test_lines_are_counted(page):
 
 def test_readme_has_the_measured_accuracies():
     with open(ROOT / "docs/results/first_loop.csv", newline="") as file:
-        runs = list(csv.DictReader(file))
+        runs = [run for run in csv.DictReader(file) if run["clean"] == "100"]
     text = (ROOT / "README.md").read_text()
     for method in {run["method"] for run in runs} - {
         "plain loop, clean images added",

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 torch.manual_seed(0)
 x, y = (torch.tensor(a) for a in load_digits(return_X_y=True))
 x = x.float() / 16
-train, val, test = torch.randperm(len(x)).split([1200, 200, 397])
+train, val, test = torch.randperm(len(x)).split([1200, 100, 497])
 wrong = torch.rand(1200) < 0.4
 given = torch.where(wrong, (y[train] + torch.randint(1, 10, (1200,))) % 10, y[train])
 batches = DataLoader(TensorDataset(x[train], given), 120, shuffle=True)
