@@ -40,6 +40,10 @@ IDENTITY = {
     "import BilevelOptimizer": "import BilevelOptimizer, Identity",
     "lr=0.1))": "lr=0.1), Identity())",
 }
+WATCHED = {
+    "import BilevelOptimizer": "import BilevelOptimizer, HealthLog",
+    "lr=0.1))": "lr=0.1)); log = HealthLog(optimizer)",
+}
 CLEAN: dict[int, dict[str, str]] = {
     100: {},
     200: {"[1200, 100, 497]": "[1200, 200, 397]"},
@@ -63,6 +67,8 @@ class Settings:
     """One run of each row for each."""
     out: Path = Path("docs/figures/first_loop.png")
     """Where the figure goes."""
+    health: Path = Path("docs/figures/first_loop_health.png")
+    """Where that of the health log goes."""
     table: Path = Path("docs/results/first_loop.csv")
     """Where the runs go."""
 
@@ -125,6 +131,7 @@ def main(s: Settings) -> None:
         rows.append([clean, name, seed, f"{accuracy(names):.6g}", f"{seconds:.3f}"])
         if not replaced and source == OURS and (clean, seed) == (100, s.seeds[0]):
             draw(names, s.out)
+    run(OURS, WATCHED, s.seeds[0])["log"].plot(s.health)
     with open(s.table, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["clean", "method", "seed", "accuracy", "cpu_s"])

@@ -19,6 +19,7 @@ val_batches = DataLoader(TensorDataset(x[val], y[val]), 100, shuffle=True)
 model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Tanh(), torch.nn.Linear(64, 10))
 trust = torch.nn.Parameter(torch.zeros(1200))  # one number for each training sample
 optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9, weight_decay=5e-4)
+# The bilevel lines: both optimizers wrapped; then inner_step, and now and then outer_step.
 optimizer = BilevelOptimizer(optimizer, torch.optim.Adam([trust], lr=0.1))
 
 

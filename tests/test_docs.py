@@ -21,6 +21,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(
     r"(?:<!-- (file|fragment): (.+?) -->\n+)?^```python[^\n]*\n(.*?)^```", re.M | re.S
 )
+LINK = re.compile(r"\]\((?!https?:)([^)#]+)#?([^)]*)\)")
 DIFF = re.compile(r"^```diff\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -87,3 +88,13 @@ def test_everything_public_is_in_the_reference():
     headings = re.findall(r"^::: hyperopt_torch\.(\w+)$", text, re.MULTILINE)
     short = re.findall(r"`(\w+)` is a short name", text)
     assert set(hyperopt_torch.__all__) <= {*headings, *short}
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "SECURITY.md"])
+def test_links_outside_of_the_site_lead_somewhere(page):
+    """Links within the site are checked by ``mkdocs build --strict``."""
+    for target, anchor in LINK.findall((ROOT / page).read_text()):
+        assert (ROOT / target).exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", (ROOT / target).read_text(), re.MULTILINE)
+            assert anchor in {re.sub(r"\W+", "-", h.lower()).strip("-") for h in headings}, anchor
