@@ -11,6 +11,10 @@ exact once k reaches the rank of H. Its k products serve every right-hand side, 
 spend theirs anew on each; a hypergradient has one right-hand side.
 
     python examples/low_rank_inverse.py
+    python examples/low_rank_inverse.py --uneven  # columns of very different length
+
+Remark 1 of the paper wants columns drawn in proportion to H_ii², where the method draws them
+uniformly. Both are shown; H_ii is at hand here, as it is not in a hypergradient.
 """
 
 from __future__ import annotations
@@ -30,7 +34,13 @@ from tqdm import tqdm
 from hyperopt_torch import CG, IHVP, Neumann, Nystrom, Solution
 from hyperopt_torch.operators import Dense
 
-LINES = {"Nyström": "r.-", "CG": "g.-", "Neumann": "b.-", "best rank k": "k:"}
+LINES = {
+    "Nyström": "r.-",
+    "Nyström, K ∝ H_ii²": "m.-",
+    "CG": "g.-",
+    "Neumann": "b.-",
+    "best rank k": "k:",
+}
 Errors = dict[str, dict[int, list[float]]]  # method, k, one entry for each sketch
 
 
@@ -43,6 +53,8 @@ class Settings:
     decay: float = 0.8
     """Eigenvalue i of H is decay^i, i = 0, 1, ..., rank - 1."""
     damping: float = 0.1
+    uneven: bool = False
+    """Scale rows and columns of H by 0.85^i: as where some inputs hardly ever change."""
     sketches: int = 10
     """Draws of the columns that Nyström's error is averaged over."""
     seed: int = 0
@@ -59,7 +71,12 @@ def make_matrix(settings: Settings) -> Tensor:
     """QΛQᵀ with a random orthonormal Q, so that no column is special."""
     rng = torch.Generator().manual_seed(settings.seed)
     Q, _ = torch.linalg.qr(torch.randn(settings.n, settings.n, generator=rng, dtype=torch.float64))
-    return Q @ torch.diag(eigenvalues(settings)) @ Q.mT
+    H = Q @ torch.diag(eigenvalues(settings)) @ Q.mT
+    if settings.uneven:
+        scale = 0.85 ** torch.arange(settings.n, dtype=H.dtype)
+        H = scale[:, None] * H * scale
+        H = H / torch.linalg.matrix_norm(H, 2)
+    return H
 
 
 def relative_error(matrix: Tensor, exact: Tensor) -> float:
@@ -74,6 +91,14 @@ def inverse(strategy: IHVP, H: Tensor) -> Tensor:
         found = strategy.fresh().solve(Dense(H), b)  # bilevel: what stands for (H + ρI)⁻¹ b
         columns.append(found.x if isinstance(found, Solution) else found)
     return torch.stack(columns, dim=1)
+
+
+def by_diagonal(H: Tensor, k: int, damping: float) -> Tensor:
+    """(H_k + ρI)⁻¹ with k columns drawn without replacement in proportion to H_ii²."""
+    weights = H.diagonal().square()
+    K = torch.multinomial(weights.clamp(min=1e-30), k)
+    low_rank = H[:, K] @ torch.linalg.pinv(H[K][:, K], hermitian=True, rtol=1e-10) @ H[K]
+    return torch.linalg.inv(low_rank + damping * torch.eye(len(H), dtype=H.dtype))
 
 
 def best_rank(H: Tensor, k: int, damping: float) -> Tensor:
@@ -104,7 +129,8 @@ def plot(
             heat_map(row, column, matrices[k], title)
     figure.colorbar(image, ax=figure.axes, extend="both", shrink=0.5)
     axis = figure.add_subplot(grid[2, 0])
-    axis.semilogy(range(1, settings.rank + 1), eigenvalues(settings)[: settings.rank], "k.")
+    values = torch.linalg.eigvalsh(H).flip(0)[: settings.rank]
+    axis.semilogy(range(1, settings.rank + 1), values, "k.")
     axis.axhline(settings.damping, color="tab:red", linewidth=1, label="ρ")
     axis.legend()
     axis.set_title("eigenvalues of H", fontsize=9)
@@ -133,7 +159,7 @@ def main(settings: Settings) -> None:
         "Neumann": lambda k: Neumann(k, scale=alpha, damping=rho),
     }
     ks = [k for k in (1, 2, 3, 4, 5, 7, 10, 13, 16, 18, 19, 20, 21, 22, 25, 30) if k <= settings.n]
-    errors: Errors = {method: {} for method in [*strategies, "best rank k"]}
+    errors: Errors = {method: {} for method in LINES}
     maps: dict[str, dict[int, Tensor]] = {method: {} for method in strategies}
     for k in tqdm(ks):
         for method, strategy in strategies.items():
@@ -143,6 +169,9 @@ def main(settings: Settings) -> None:
                 draws.append(inverse(strategy(k), H))
             maps[method][k] = draws[0]
             errors[method][k] = [relative_error(X, exact) for X in draws]
+        torch.manual_seed(settings.seed)
+        draws = [relative_error(by_diagonal(H, k, rho), exact) for _ in range(settings.sketches)]
+        errors["Nyström, K ∝ H_ii²"][k] = draws
         errors["best rank k"][k] = [relative_error(best_rank(H, k, rho), exact)]
 
     shown = [k for k in (5, 10, 16, 20, 25) if k in ks]

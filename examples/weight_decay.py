@@ -19,52 +19,20 @@ derivative of the run.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import tyro
-from _shared.output import print_table, save_figure
+from _shared.weight_decay import METHODS, TUNED, Run, final_loss, plot, print_shared, print_tuned
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from hyperopt_torch import CG, IHVP, BilevelOptimizer, DenseSolve, Identity, Neumann, Nystrom
-
-METHODS: dict[str, tuple[Callable[[], IHVP], str, str]] = {  # strategy, colour, line
-    "exact": (DenseSolve, "black", ":"),
-    "CG, l=5": (lambda: CG(5), "tab:green", "--"),
-    "Identity": (lambda: Identity(1.0), "tab:gray", "-"),
-    "Identity ×100": (lambda: Identity(100.0), "tab:gray", "--"),
-    "Neumann, l=5, α=1": (lambda: Neumann(5, scale=1.0), "navy", "-"),
-    "Neumann, l=5, α=.1": (lambda: Neumann(5, scale=0.1), "royalblue", "-"),
-    "Neumann, l=5, α=.01": (lambda: Neumann(5, scale=0.01), "deepskyblue", "-"),
-    "Neumann, l=10, α=.01": (lambda: Neumann(10, scale=0.01), "deepskyblue", "--"),
-    "Neumann, l=20, α=.01": (lambda: Neumann(20, scale=0.01), "deepskyblue", ":"),
-    "Nyström, k=5, ρ=1": (lambda: Nystrom(5, 1.0), "goldenrod", "-"),
-    "Nyström, k=5, ρ=.1": (lambda: Nystrom(5, 0.1), "darkorange", "-"),
-    "Nyström, k=5, ρ=.01": (lambda: Nystrom(5, 0.01), "red", "-"),
-    "Nyström, k=10, ρ=.01": (lambda: Nystrom(10, 0.01), "red", "--"),
-    "Nyström, k=20, ρ=.01": (lambda: Nystrom(20, 0.01), "red", ":"),
-}
-SWEEP = [m for m in METHODS if "l=5, α" in m or "k=5, ρ" in m]
-DEFAULT = ["exact", "CG, l=5", "Identity", "Neumann, l=5, α=.01", "Nyström, k=5, ρ=.01"]
-RANKS = [m for m in METHODS if "α=.01" in m or "ρ=.01" in m]
-TUNED = [*DEFAULT[:3], *SWEEP]  # Identity ×100 is Identity at another rate
-
-NUMBERS = {  # of the first outer step: title in the table, format
-    "products": ("products", ".0f"),
-    "residual": ("residual", ".3g"),
-    "error": ("error of v", ".3g"),
-    "length": ("‖v‖/‖v*‖", ".3g"),
-    "cosine": ("cos(v, v*)", ".3f"),
-}
+from hyperopt_torch import BilevelOptimizer, DenseSolve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,12 +55,6 @@ class Settings:
     """Processes, which share the seeds."""
     out: Path = Path("results/weight_decay.png")
     """Where the figure goes."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    loss: np.ndarray  # (outer_steps + 1,) validation loss after n outer steps
-    quality: dict[str, np.ndarray]  # (outer_steps,) each, see `inspect`
 
 
 def make_data(seed: int, settings: Settings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -119,7 +81,7 @@ def run(method: str, seed: int, outer_lr: float, settings: Settings, watch: bool
     outer = torch.optim.SGD([phi], lr=outer_lr, momentum=0.9)
     optimizer = BilevelOptimizer(inner, outer, ihvp=METHODS[method][0]())  # bilevel
     oracle = BilevelOptimizer(inner, outer, ihvp=DenseSolve())  # bilevel: asked, never stepped
-    losses = np.full(settings.outer_steps + 1, np.inf)
+    losses, training = np.full((2, settings.outer_steps + 1), np.inf)
     quality = []
     for step in range(settings.outer_steps + 1):
         for _ in range(settings.inner_steps):
@@ -127,7 +89,7 @@ def run(method: str, seed: int, outer_lr: float, settings: Settings, watch: bool
         val_loss = F.binary_cross_entropy_with_logits(x_val @ theta, y_val)
         if not val_loss < 10:  # diverged: the losses from here on stay inf
             break
-        losses[step] = val_loss.item()
+        losses[step], training[step] = val_loss.item(), train_loss().item()
         if step == settings.outer_steps:
             break
         exact = oracle.hypergradient(val_loss, train_loss)[0] if watch else None  # bilevel: pure
@@ -137,7 +99,8 @@ def run(method: str, seed: int, outer_lr: float, settings: Settings, watch: bool
             phi.clamp_(1e-8, settings.max_decay)
             theta.zero_()
     quality += [dict.fromkeys(quality[0], np.nan)] * (settings.outer_steps - len(quality))
-    return Run(losses, {name: np.array([q[name] for q in quality]) for name in quality[0]})
+    named = {name: np.array([q[name] for q in quality]) for name in quality[0]}
+    return Run(losses, training, named)
 
 
 def inspect(
@@ -193,123 +156,6 @@ def tune(
     return rate, best
 
 
-def final_loss(runs: Sequence[Run]) -> float:
-    return float(mean_loss(runs)[-1])
-
-
-def mean_loss(runs: Sequence[Run]) -> np.ndarray:
-    return np.mean([r.loss for r in runs], axis=0)
-
-
-def mean_quality(runs: Sequence[Run], name: str) -> np.ndarray:
-    return np.mean([r.quality[name] for r in runs], axis=0)
-
-
-def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
-    return float(np.corrcoef(np.argsort(np.argsort(a)), np.argsort(np.argsort(b)))[0, 1])
-
-
-def print_shared(shared: dict[str, list[Run]], settings: Settings) -> None:
-    first = {name: {m: mean_quality(r, name)[0] for m, r in shared.items()} for name in NUMBERS}
-    shown = sorted({round(n) for n in np.linspace(0, settings.outer_steps, 4)})
-    rows = []
-    for m in sorted(shared, key=lambda m: first["length"][m]):
-        numbers = [f"{first[name][m]:{form}}" for name, (_, form) in NUMBERS.items()]
-        rows.append([m, *numbers, *(f"{mean_loss(shared[m])[n]:.3f}" for n in shown)])
-    print(f"\nOuter learning rate {settings.outer_lr:g}, mean over {len(settings.seeds)} seeds:")
-    print("v at the first outer step, and the validation loss after n outer steps.\n")
-    header = ["method", *(title for title, _ in NUMBERS.values())]
-    print_table([*header, *(f"loss, n={n}" for n in shown)], rows)
-    final = [final_loss(runs) for runs in shared.values()]
-    length, error, cosine = (
-        rank_correlation(final, list(first[name].values()))
-        for name in ("length", "error", "cosine")
-    )
-    if length < -0.9 and error < 0 < cosine:
-        print("\nAt a shared outer learning rate the ordering follows ‖v‖, not accuracy.")
-    else:
-        print("\nIn this setting the ordering does not simply follow ‖v‖.")
-    print(
-        f"Rank correlation of the final loss with ‖v‖: {length:.3f}; with the error of v:", end=" "
-    )
-    print(
-        f"{error:.3f};\nwith its cosine: {cosine:.3f}. If accuracy decided: 1 and -1 for these two."
-    )
-
-
-def print_tuned(tuned: dict[str, tuple[float, list[Run]]], shared: dict[str, list[Run]]) -> None:
-    rows = []
-    for m, (rate, runs) in sorted(tuned.items(), key=lambda item: final_loss(item[1][1])):
-        step = rate * mean_quality(shared[m], "length")[0]
-        pairs = zip(runs, tuned["exact"][1], strict=True)
-        gap = [run.loss[-1] - exact.loss[-1] for run, exact in pairs]  # on the same data
-        gradient = mean_quality(runs, "inner gradient")
-        numbers = [f"{rate:.4g}", f"{step:.3g}", f"{final_loss(runs):.3f}"]
-        numbers += [f"{np.mean(gap):+.3f} ± {np.std(gap):.3f}"]
-        rows.append([m, *numbers, f"{gradient[0]:.1e}", f"{gradient[-1]:.1e}"])
-    print("\nOuter learning rate tuned for each method: factors of 3, lowest mean final loss.\n")
-    header = ["method", "rate", "rate·‖v‖/‖v*‖", "final loss", "minus that of exact, ± sd"]
-    print_table([*header, "‖∇f‖ first", "‖∇f‖ last"], rows)
-    final = [final_loss(runs) for runs in shared.values()]
-    tuned_final = [final_loss(runs) for _, runs in tuned.values()]
-    print(f"\nFinal losses at the shared rate: {min(final):.3f} to {max(final):.3f};", end=" ")
-    print(f"at tuned rates: {min(tuned_final):.3f} to {max(tuned_final):.3f}.")
-
-
-def plot(
-    shared: dict[str, list[Run]], tuned: dict[str, tuple[float, list[Run]]], settings: Settings
-) -> None:
-    figure, axes = plt.subplots(4, 2, figsize=(8.8, 12), layout="constrained")
-    handles = {}
-
-    def curve(axis: Any, m: str, values: np.ndarray, label: str | None = None) -> None:
-        _, colour, dash = METHODS[m]
-        (handles[m],) = axis.plot(values, dash, color=colour, label=label, marker=".", ms=4)
-
-    panels = {
-        "Figure 2: the methods at one rate": (axes[0, 0], [*DEFAULT, "Identity ×100"]),
-        "Figure 3: damping ρ, step size α": (axes[0, 1], SWEEP),
-        "Figure 4: rank k, number of terms l": (axes[1, 0], RANKS),
-    }
-    for title, (axis, methods) in panels.items():
-        axis.set(title=title, xlabel="outer steps", ylabel="validation loss")
-        for m in methods:
-            curve(axis, m, mean_loss(shared[m]))
-    for m, (rate, runs) in tuned.items():
-        curve(axes[1, 1], m, mean_loss(runs), f"{rate:.4g}: {m}")
-    title = "Learning rates tuned for each method"
-    axes[1, 1].set(title=title, xlabel="outer steps", ylabel="validation loss")
-    axes[1, 1].legend(fontsize=7)
-    for m in [*TUNED, "Identity ×100"]:
-        curve(axes[2, 0], m, mean_quality(shared[m], "hypergradient length"))
-        curve(axes[2, 1], m, mean_quality(shared[m], "hypergradient cosine"))
-    axes[2, 0].set(title="Length of the hypergradient / exact", ylabel="ratio", yscale="log")
-    axes[2, 1].set(title="Cosine with the exact hypergradient", ylabel="cosine")
-    for axis in axes[2]:
-        axis.set(xlabel="outer steps, each method along its own run")
-    for m, runs in shared.items():
-        _, colour, dash = METHODS[m]
-        face = {"-": colour, "--": "white", ":": "none"}[dash]
-        for axis, name in ((axes[3, 0], "length"), (axes[3, 1], "cosine")):
-            point = mean_quality(runs, name)[0], final_loss(runs)
-            axis.plot(*point, "o", color=colour, markerfacecolor=face)
-    axes[3, 0].set(
-        title="Final loss against length", xlabel="‖v‖/‖v*‖ at the first outer step", xscale="log"
-    )
-    axes[3, 1].set(
-        title="Final loss against direction", xlabel="cos(v, v*) at the first outer step"
-    )
-    for axis in axes[3]:
-        axis.set(ylabel="final validation loss")
-    for axis in axes.flat:
-        axis.grid(alpha=0.3)
-    order = [m for m in METHODS if m in handles]
-    figure.legend(
-        [handles[m] for m in order], order, loc="outside lower center", ncols=4, fontsize=8
-    )
-    save_figure(figure, settings.out)
-
-
 def main(settings: Settings) -> None:
     # Vectors of 100 entries: more threads would cost more than they save.
     pool = ProcessPoolExecutor(
@@ -321,9 +167,9 @@ def main(settings: Settings) -> None:
             for m in tqdm(METHODS, desc="shared rate")
         }
         tuned = {m: tune(pool, m, shared[m], settings) for m in tqdm(TUNED, desc="tuned rates")}
-    print_shared(shared, settings)
+    print_shared(shared, settings.outer_lr)
     print_tuned(tuned, shared)
-    plot(shared, tuned, settings)
+    plot(shared, tuned, settings.out)
 
 
 if __name__ == "__main__":

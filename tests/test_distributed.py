@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -158,3 +160,43 @@ def test_a_group_without_processes_is_refused():
     bo.inner_step(lambda: (w - phi).square().sum())
     with pytest.raises(RuntimeError, match="init_process_group"):
         bo.outer_step(w.sum())
+
+
+def failing_worker(rank: int, world: int, folder: str) -> None:
+    """The first process waits for the second, whose closure raises in the outer step."""
+    warnings.simplefilter("ignore")
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=3),
+    )
+    torch.manual_seed(0)
+    net = nn.Linear(3, 1)
+    model = DistributedDataParallel(net)
+    phi = torch.zeros(1, requires_grad=True)
+    bo = BilevelOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), torch.optim.SGD([phi], lr=0.1))
+    bo.inner_step(lambda: model(torch.ones(2, 3)).square().mean() * phi.exp().sum())
+
+    def train():
+        if rank == 1:
+            raise ZeroDivisionError
+        return model(torch.ones(2, 3)).square().mean() * phi.exp().sum()
+
+    val = model(torch.ones(2, 3)).mean()
+    try:
+        bo.outer_step(val, train)
+    except (RuntimeError, ZeroDivisionError) as error:
+        kind = type(error).__name__
+        torch.save({"kind": kind}, f"{folder}/{rank}.pt")
+    if rank == 1:  # alive, so that it is the timeout that ends the other
+        while not Path(f"{folder}/0.pt").exists():
+            time.sleep(0.2)
+
+
+def test_a_process_that_raises_ends_the_others_within_the_timeout(tmp_path: Path):
+    torch.multiprocessing.spawn(failing_worker, (2, str(tmp_path)), 2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert second["kind"] == "ZeroDivisionError"
+    assert first["kind"] != "ZeroDivisionError"

@@ -87,6 +87,14 @@ def test_blocks_name_a_file_that_has_them(docs):
     assert "names no file" in ledger.without_file(page)[0]
 
 
+def test_a_number_is_found_in_an_output(docs):
+    (docs / "results" / "run.txt").write_text("a 1\n  b   2.5 x\n")
+    spec = {"file": "run.txt", "find": r"^ *b +(\S+)", "label": "b"}
+    assert ledger.number(spec) == "b 2.5"
+    with pytest.raises(SystemExit, match="has no"):
+        ledger.number(spec | {"find": "c (.)"})
+
+
 def test_an_unknown_row_is_said(docs):
     spec = {"file": "cleaning", "column": "accuracy", "format": "", "where": {"method": "none"}}
     with pytest.raises(SystemExit, match="no row"):
