@@ -6,8 +6,8 @@
 Without the lines marked `# bilevel`, and with those after `# plain:` in their place, it is the
 plain program, whose adapters are the same to the bit as long as φ stays.
 
-A tiny GPT-2, randomly initialised, nothing downloaded. Half of its texts count upwards, half are
-random characters; the validation texts count. Attention stays fused, which has no second
+A tiny GPT-2, randomly initialised, nothing downloaded. Half of its texts count upwards, half
+downwards; the validation texts count upwards. Attention stays fused, which has no second
 derivative, so products are differences of gradients: `curvature=FiniteDifference()`.
 """
 
@@ -29,11 +29,10 @@ VOCABULARY, LENGTH = 32, 16
 
 
 def texts(count: int, corpus: int) -> list[dict[str, Tensor]]:
-    """Corpus 0 counts upwards from anywhere; corpus 1 is noise."""
+    """(LENGTH,) tokens each: corpus 0 counts upwards from anywhere, corpus 1 downwards."""
     g = torch.Generator().manual_seed(corpus)
-    rows = torch.randint(VOCABULARY, (count, LENGTH), generator=g)
-    if corpus == 0:
-        rows = (rows[:, :1] + torch.arange(LENGTH)) % VOCABULARY
+    starts = torch.randint(VOCABULARY, (count, 1), generator=g)
+    rows = (starts + (1 - 2 * corpus) * torch.arange(LENGTH)) % VOCABULARY
     return [{"input_ids": row, "corpus": torch.tensor(corpus)} for row in rows]
 
 
@@ -54,7 +53,7 @@ def main(steps: int = 150) -> nn.Module:
     config = GPT2Config(vocab_size=VOCABULARY, n_positions=LENGTH, n_embd=32, n_layer=1, n_head=2)
     lora = LoraConfig(r=4, target_modules=["c_attn", "c_fc"], modules_to_save=["wte"])
     net = get_peft_model(GPT2LMHeadModel(config), lora)
-    opt = AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2)
+    opt = AdamW([p for p in net.parameters() if p.requires_grad], lr=3e-2)
     val = {"input_ids": torch.stack([text["input_ids"] for text in texts(64, 0)])}
     share = SampleWeights(2)  # bilevel
     bilevel = BilevelOptimizer(opt, Adam([share.phi], 0.1), curvature=FiniteDifference())  # bilevel
