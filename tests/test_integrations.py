@@ -156,6 +156,17 @@ def test_five_lines_or_fewer(name):
         assert word not in plain(text).split('"""', 2)[2]
 
 
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_the_page_shows_the_lines_of_the_program(name):
+    page = (FOLDER.parent.parent / "docs" / "integrations.md").read_text()
+    block = page.split(f"\n`{name}.py`.")[1].split("```diff\n")[1].split("\n```")[0].splitlines()
+    lines = [line.strip() for line in (FOLDER / f"{name}.py").read_text().splitlines()]
+    ours = [line.rsplit("  # ", 1)[0] for line in lines if line.endswith(MARKS)]
+    theirs = [line.removeprefix("# plain: ") for line in lines if line.startswith("# plain: ")]
+    assert [line[2:] for line in block if line.startswith("+")] == ours
+    assert [line[2:] for line in block if line.startswith("-")] == theirs
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("name", "arguments"), RUNS)
