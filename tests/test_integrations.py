@@ -77,14 +77,16 @@ class Spy(BilevelOptimizer):
         super().__init__(inner, outer, **{**settings, **(Spy.forced or {})})
         for group in outer.param_groups:
             group["lr"] = 0.0
-        self.closures: list = []
+        self.closures: list = []  # since the last outer step
+        self.stepped = True
         self.pairs: list[tuple[Tensor, Tensor]] = []  # (found, expected)
         self.count = 0
         Spy.made = self
 
     def record(self, closure, weight=None):
-        if not self._pending:
+        if self.stepped:
             self.closures = []
+            self.stepped = False
         cells = tuple(types.CellType(c.cell_contents) for c in closure.__closure__ or ())
         code, names = closure.__code__, closure.__globals__
         self.closures.append(types.FunctionType(code, names, None, None, cells))
@@ -92,6 +94,7 @@ class Spy(BilevelOptimizer):
 
     def outer_step(self, val_loss, *args, **kwargs):
         self.count += 1
+        self.stepped = True
         if Spy.forced is not None and "ihvp" in Spy.forced:
             if len(self.pairs) < 2:
                 found = oracles.flat(self.hypergradient(val_loss))
@@ -227,6 +230,24 @@ def test_tensorboard_gets_every_curve_and_the_figure(ready, tmp_path):
     assert len(events.Scalars("bilevel/val_loss")) == 12
     assert tags["images"] == ["bilevel/health"]
     assert (tmp_path / "results" / "tensorboard" / "health.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_accumulates(ready, monkeypatch):
+    """The hypergradient is that of both micro-batches, the last of which is inside of the step."""
+    needs("lightning_callback")
+    Spy.forced = {"ihvp": DenseSolve(DAMPING)}
+    monkeypatch.setattr(importlib.import_module("_digits").network, "__defaults__", (3,))
+    text = source("lightning_callback")
+    text = text.replace("max_epochs=epochs,", "max_epochs=epochs, accumulate_grad_batches=2,")
+    counted = "self.history.append(module.bilevel"
+    text = text.replace(counted, f"if _[2] % 2: {counted}")
+    run(text, {"epochs": 1})
+    assert len(Spy.made.closures) == 2
+    assert len(Spy.made.pairs) == 2
+    for found, expected in Spy.made.pairs:
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-7)
 
 
 def worker(rank: int, folder: str) -> None:
