@@ -1,6 +1,6 @@
 """Twelve hyperparameters: one bilevel run against as many full trainings as a search likes.
 
-    pip install -e ".[examples]" optuna
+    pip install -e ".[examples,benchmarks]"
     python -m benchmarks.against_optuna
 
 Digits whose training samples come from eight sources. Task "noisy": source s has 0, 1/8, ... 7/8 of
@@ -190,6 +190,7 @@ def rows_of(name: str, seed: int, trials: int, outer_lr: float) -> tuple[list[di
 def draw(curves: dict[tuple[str, int], dict], path: Path) -> None:
     """The lowest validation loss so far against full trainings: every seed thin."""
     tasks = list(dict.fromkeys(task for task, _ in curves))
+    first = next(iter(curves))
     figure = Figure(figsize=(5 * len(tasks), 4), layout="constrained")
     axes = figure.subplots(1, len(tasks), squeeze=False)[0]
     for axis, name in zip(axes, tasks, strict=True):
@@ -203,23 +204,23 @@ def draw(curves: dict[tuple[str, int], dict], path: Path) -> None:
                     best,
                     where="post",
                     color=COLORS[method],
-                    linewidth=1,
-                    label=None if seed else method,
+                    linewidth=1.8 if method == "random search" else 1,
+                    linestyle=":" if method == "random search" else "-",
+                    label=method if (task, seed) == first else None,
                 )
             axis.plot(
                 *[[v] for v in of["bilevel, default"]],
                 "o",
                 color=COLORS["bilevel, default"],
-                label=None if seed else "bilevel, default, retrained",
+                label="bilevel, default, retrained" if (task, seed) == first else None,
             )
         axis.set(
             title=name,
             xlabel="full trainings (by CPU time)",
             xscale="log",
-            yscale="log",
             ylabel="lowest validation loss so far",
         )
-    axes[0].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=110)
 
 
