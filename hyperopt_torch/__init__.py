@@ -30,7 +30,7 @@ from .inner_optimizer import learn_hyperparameter
 from .recording import PerSample
 from .report import SolveReport
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "CG",

@@ -165,6 +165,7 @@ class BilevelOptimizer:
         """Forgets which inner problem is under way."""
         self._pending: list[Record] = []  # micro-batches since the last step
         self._records: list[Record] = []  # those of the last step: the inner problem
+        self._earlier: list[Record] = []  # those recorded before the step that is under way
         self._unseen = False  # the loss of this step was a tensor: there is no closure
         self._outer_grads: list[tuple[Tensor, Tensor | None]] = []  # while the trainer runs
         self._weighed = False  # whether the memory of a solve was compared with what is free
@@ -360,6 +361,8 @@ class BilevelOptimizer:
         """Gradients are there, parameters have not moved: what was recorded is the problem."""
         nested = self._stepping is optimizer  # a subclass's step that calls super().step()
         self._stepping = optimizer
+        if not nested:
+            self._earlier = list(self._pending)
         if self._pending or self._unseen:
             self._commit()
         elif not nested and id(optimizer) in self._stepped:
@@ -384,7 +387,10 @@ class BilevelOptimizer:
                 )
             if self._line_search:
                 del self._pending[1:]  # a line search
+            else:
+                self._pending[:0] = self._earlier  # micro-batches, of which only the last is inside
             self._commit()
+        self._earlier = []
         self._inner_moved = threading.get_ident(), sequence_number()
         if self._records and self._observes and id(optimizer) in self._stepped:
             self.estimator.stepped(self.problem())

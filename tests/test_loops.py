@@ -552,6 +552,29 @@ def test_accelerate_accumulates():
     close(bo.hypergradient(val)[0], dense(w, whole, val))
 
 
+def test_accumulation_that_ends_inside_of_the_step():
+    """As Lightning's automatic optimization does it: only the last micro-batch is in the step."""
+    w = World("tanh")
+    inner = torch.optim.SGD(w.inner, lr=LR)
+    bo = BilevelOptimizer(inner, torch.optim.SGD([w.phi], lr=0.1), DenseSolve(damping=RHO))
+
+    def part(t: int) -> Tensor:
+        loss = bo.record(lambda: w.loss(w.x[t], w.y[t]))
+        (loss / 3).backward()
+        return loss
+
+    def whole() -> Tensor:
+        return sum(w.loss(w.x[t], w.y[t]) for t in range(3)) / 3
+
+    for _ in range(2):
+        inner.zero_grad()
+        part(0)
+        part(1)
+        inner.step(lambda: part(2))
+        val = w.val()
+        close(bo.hypergradient(val)[0], dense(w, whole, val))
+
+
 @pytest.mark.parametrize("ihvp", [RecycledCG, lambda: Nystrom(5, damping=RHO)])
 def test_half_precision_with_the_trainers_own_scaler(ihvp):
     found = []
