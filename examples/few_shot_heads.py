@@ -1,7 +1,7 @@
 """Learn features on which a head, fitted exactly, tells new classes apart from a few images.
 
     python examples/few_shot_heads.py
-    python examples/few_shot_heads.py --data omniglot --data-root PATH --steps 1500 --seeds 0 1 2
+    python examples/few_shot_heads.py --data omniglot --data-root PATH --steps 900 400 --seeds 0 1 2
 
 The inner problem is the head θ of a task, a regularised softmax on the features of the shown
 images; the outer one moves the body that makes the features. Only the head adapts, as in R2-D2
@@ -47,7 +47,7 @@ TEST_QUERIES = 15
 
 @dataclass(frozen=True)
 class Settings:
-    """Learn features for few-shot tasks. A quick look: --steps 20 --test-tasks 50."""
+    """Learn features for few-shot tasks. A quick look: --steps 20 20 --test-tasks 50."""
 
     data: FewShotSource = "digits"
     """Image set; "digits" needs no download."""
@@ -65,13 +65,13 @@ class Settings:
     """Classes of a task."""
     queries: int = 5
     """Images of each class that a training task asks for."""
-    classes: int = 20
-    """Classes of a batch of images."""
+    images: int = 240
+    """Of a batch, in as many classes as (shots + queries) goes into it."""
     tasks: int = 32
     """Tasks drawn from the features of a batch."""
-    steps: int = 150
-    """Outer steps, of one batch each."""
-    lr: float = 3e-3
+    steps: tuple[int, ...] = (100, 60)
+    """Outer steps, of one batch each, for each entry of ``shots``."""
+    lr: float = 0.01
     """Of Adam on the body; it falls to zero along a cosine."""
     penalty: float = 0.01
     """λ of the heads in training: mean cross-entropy + ½λ‖θ‖²."""
@@ -222,18 +222,19 @@ def accuracies(
     return torch.cat([vmap(right)(features[a], features[b]) for a, b in pairs]).tolist()
 
 
-def train(data: FewShot, method: Method, shots: int, seed: int, s: Settings) -> tuple[Body, float]:
+def train(
+    data: FewShot, method: Method, shots: int, steps: int, seed: int, s: Settings
+) -> tuple[Body, float]:
     """A body and the CPU seconds that it took."""
     torch.manual_seed(seed)
     g = torch.Generator().manual_seed(seed)
     body = Body(data.width, s.channels).to(memory_format=torch.channels_last)
-    pool, classes, each = data.train, s.classes, shots + s.queries
-    if method == "classifier":  # as many images, of as many classes as there are
-        classes, each = min(classes * each, len(data.train.images)), 1
+    pool, each = data.train, 1 if method == "classifier" else shots + s.queries
+    classes = min(s.images // each, len(pool.images))
     last = nn.Linear(body.size, len(pool.images))  # of the classifier alone
     modules = nn.ModuleList([body, last]) if method == "classifier" else body
     adam = torch.optim.Adam(modules.parameters(), lr=s.lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, s.steps)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
     through: dict[str, Gradient] = {
         "implicit": through_heads(ConjugateGradient(PRODUCTS["implicit"] - 1, tol=0.0), s),
         "identity": through_heads(Identity(), s),
@@ -241,15 +242,20 @@ def train(data: FewShot, method: Method, shots: int, seed: int, s: Settings) -> 
         "prototypes": through_prototypes(s),
     }
     start = time.process_time()
-    steps = min(s.steps, 20) if method == "random" else s.steps
-    for _ in tqdm(range(steps), f"{method} {shots}-shot, seed {seed}", leave=False):
+    for _ in tqdm(
+        range(min(steps, 20) if method == "random" else steps),
+        f"{method} {shots}-shot, seed {seed}",
+        leave=False,
+    ):
         chosen = torch.randperm(len(pool.images), generator=g)[:classes]
         features = body(draw_images(pool, chosen.tolist(), each, g))
         if method == "random":  # the norm layers have now seen the images, and that is all
             continue
         adam.zero_grad()
         if method == "classifier":
-            F.cross_entropy(last(features) * sqrt(body.size), chosen.repeat_interleave(each)).backward()
+            F.cross_entropy(
+                last(features) * sqrt(body.size), chosen.repeat_interleave(each)
+            ).backward()
         else:
             shown, asked = draw_tasks(s.tasks, classes, each, s.ways, shots, s.queries, g)
             cached = features.detach()
@@ -262,7 +268,9 @@ def train(data: FewShot, method: Method, shots: int, seed: int, s: Settings) -> 
     return body, time.process_time() - start
 
 
-def test(body: Body, data: FewShot, shots: int, s: Settings) -> dict[str, tuple[float, list[float]]]:
+def test(
+    body: Body, data: FewShot, shots: int, s: Settings
+) -> dict[str, tuple[float, list[float]]]:
     """By kind of head: λ, chosen on validation tasks, and the accuracies of test tasks."""
     seen, each = embed(body, data.val, len(data.val.images))
     tried = {p: mean(accuracies(seen, each, shots, 300, p, s)) for p in PENALTIES}
@@ -275,23 +283,27 @@ def test(body: Body, data: FewShot, shots: int, s: Settings) -> dict[str, tuple[
 
 
 HEADER = ("method", "head", "shots", "seed", "accuracy", "interval_over_tasks", "penalty",
-          "cpu_s", "products", "body_images")  # fmt: skip
+          "cpu_s", "products")  # fmt: skip
+
+
+def save(rows: list[list[str | float]], s: Settings) -> None:
+    cells = [[f"{x:.6g}" if isinstance(x, float) else x for x in row] for row in rows]
+    save_rows(s.out / "few_shot_heads.csv", HEADER, cells)
 
 
 def run(data: FewShot, s: Settings) -> list[list[str | float]]:
     """One row for each trained body, number of shots and kind of head, as in HEADER."""
     rows: list[list[str | float]] = []
-    for seed in s.seeds:
-        for method in s.methods:
-            for shots in s.shots:
+    for method in s.methods:
+        for seed in s.seeds:
+            for shots, steps in zip(s.shots, s.steps, strict=True):
                 if method in EPISODIC or shots == s.shots[0]:  # the others serve for all shots
-                    body, seconds = train(data, method, shots, seed, s)
-                    images = s.steps * s.classes * (shots + s.queries)
+                    body, seconds = train(data, method, shots, steps, seed, s)
                 for head, (penalty, right) in test(body, data, shots, s).items():
                     interval = 1.96 * stdev(right) / sqrt(len(right))
                     rows.append([method, head, shots, seed, mean(right), interval, penalty,
-                                 seconds, PRODUCTS.get(method, 0) * s.tasks * s.steps, images])  # fmt: skip
-                    tqdm.write(f"{rows[-1][:4]} {mean(right):.4f}")
+                                 seconds, PRODUCTS.get(method, 0) * s.tasks * steps])  # fmt: skip
+                save(rows, s)
     return rows
 
 
@@ -323,8 +335,6 @@ def main(s: Settings) -> None:
     shown = [[f"{r[2]}-shot {r[0]}", r[1], r[3], f"{r[4]:.4f}", f"{r[5]:.4f}", f"{r[6]:g}",
               f"{r[7]:.0f}", r[8]] for r in sorted(rows, key=lambda r: r[2])]  # fmt: skip
     print_table(["body", "head", "seed", "accuracy", "±", "λ", "CPU s", "products"], shown)
-    cells = [[f"{x:.6g}" if isinstance(x, float) else x for x in row] for row in rows]
-    save_rows(s.out / "few_shot_heads.csv", HEADER, cells)
     draw(rows, s, data.name)
 
 
