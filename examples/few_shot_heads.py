@@ -28,7 +28,17 @@ import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 import tyro
-from _shared.fewshot import ClassPool, FewShot, FewShotSource, load_few_shot
+from _shared.fewshot import FewShot, FewShotSource, load_few_shot
+from _shared.heads import (
+    Body,
+    accuracies,
+    draw_images,
+    draw_tasks,
+    embed,
+    fit_head,
+    labels,
+    prototype_logits,
+)
 from _shared.output import print_table, save_figure, save_rows
 from torch import Tensor, nn
 from torch.func import grad_and_value, vmap
@@ -40,9 +50,7 @@ from hyperopt_torch.functional import hypergradient
 Method = Literal["implicit", "identity", "direct", "prototypes", "classifier", "random"]
 EPISODIC = ("implicit", "identity", "direct", "prototypes")  # trained on tasks of so many shots
 PRODUCTS = {"implicit": 11, "identity": 1}  # of one hypergradient, the closing one included
-HEAD_STEPS = 60  # of the inner solver
 PENALTIES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)  # tried for the heads of the test tasks
-TEST_QUERIES = 15
 
 
 @dataclass(frozen=True)
@@ -85,29 +93,6 @@ class Settings:
     """Folder of the figure and the table."""
 
 
-class Body(nn.Module):
-    """Images (n, 1, width, width) to features (n, d): four convolutions of stride two."""
-
-    def __init__(self, width: int, channels: int) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        inputs = 1
-        for _ in range(4):
-            conv = nn.Conv2d(inputs, channels, 3, stride=2, padding=1, bias=False)
-            layers += [conv, nn.BatchNorm2d(channels), nn.ReLU()]
-            inputs, width = channels, (width + 1) // 2
-        self.size = channels * width**2
-        self.layers = nn.Sequential(*layers, nn.Flatten())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x) / sqrt(self.size)  # lengths near one, so that λ means the same
-
-
-def labels(images: int, ways: int) -> Tensor:
-    """(images,): 0 0 0 1 1 1 ..., as ``draw_tasks`` orders them."""
-    return torch.arange(ways).repeat_interleave(images // ways)
-
-
 def inner_loss(head: Tensor, features: tuple[Tensor, Tensor], penalty: float) -> Tensor:
     shown = features[0]
     loss = F.cross_entropy(shown @ head, labels(len(shown), head.shape[1]))
@@ -117,23 +102,6 @@ def inner_loss(head: Tensor, features: tuple[Tensor, Tensor], penalty: float) ->
 def outer_loss(head: Tensor, features: tuple[Tensor, Tensor]) -> Tensor:
     asked = features[1]
     return F.cross_entropy(asked @ head, labels(len(asked), head.shape[1]))
-
-
-def fit_head(shown: Tensor, ways: int, penalty: float) -> Tensor:
-    """The minimum of ``inner_loss``, (d, ways), by Nesterov's method.
-
-    The optimum is a combination of the shown features (n, d): its coefficients (n, ways) are
-    iterated, on their Gram matrix.
-    """
-    gram, onehot = shown @ shown.mT, F.one_hot(labels(len(shown), ways)).float()
-    steepest = gram.diagonal().mean() / 2 + penalty  # bounds the largest curvature
-    root = (penalty / steepest).sqrt()
-    a = ahead = torch.zeros_like(onehot)
-    for _ in range(HEAD_STEPS):
-        slope = ((gram @ ahead).softmax(1) - onehot) / len(shown) + penalty * ahead
-        new = ahead - slope / steepest
-        a, ahead = new, new + (1 - root) / (1 + root) * (new - a)
-    return shown.mT @ a
 
 
 Gradient = Callable[[Tensor, Tensor], tuple[tuple[Tensor, Tensor], Tensor]]
@@ -156,70 +124,12 @@ def through_heads(ihvp: IHVP | None, s: Settings) -> Gradient:
     return gradient
 
 
-def prototype_logits(shown: Tensor, asked: Tensor, ways: int) -> Tensor:
-    """Minus half the squared distance to each class mean; what all classes share is left out."""
-    means = shown.unflatten(0, (ways, -1)).mean(1)
-    return asked @ means.mT - means.square().sum(1) / 2
-
-
 def through_prototypes(s: Settings) -> Gradient:
-    def loss(features: tuple[Tensor, Tensor]) -> Tensor:
-        logits = prototype_logits(*features, s.ways) / s.penalty
+    def loss(shown: Tensor, asked: Tensor) -> Tensor:
+        logits = prototype_logits(shown, asked, s.ways) / s.penalty
         return F.cross_entropy(logits, labels(len(logits), s.ways))
 
-    def gradient(shown: Tensor, asked: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        return grad_and_value(loss)((shown, asked))
-
-    return gradient
-
-
-def draw_images(pool: ClassPool, chosen: list[int], each: int, g: torch.Generator) -> Tensor:
-    """(classes · each, 1, width, width) in [0, 1], class by class."""
-    images = [pool.images[c][torch.randperm(len(pool.images[c]), generator=g)[:each]]
-              for c in chosen]  # fmt: skip
-    return torch.cat(images).unsqueeze(1).float() / 255
-
-
-def draw_tasks(
-    tasks: int, classes: int, each: int, ways: int, shots: int, queries: int, g: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Rows of shown and of asked images in a batch of ``draw_images``, (tasks, ways · number)."""
-    chosen = torch.rand(tasks, classes, generator=g).argsort(1)[:, :ways]
-    order = torch.rand(tasks, ways, each, generator=g).argsort(2)[..., : shots + queries]
-    rows = chosen.unsqueeze(2) * each + order
-    return rows[..., :shots].flatten(1), rows[..., shots:].flatten(1)
-
-
-@torch.no_grad()
-def embed(body: Body, pool: ClassPool, classes: int) -> tuple[Tensor, int]:
-    """Features of the first classes of a pool, and the number of images of each."""
-    each = min(len(x) for x in pool.images)
-    chosen = torch.randperm(len(pool.images), generator=torch.Generator().manual_seed(0))
-    g = torch.Generator().manual_seed(0)
-    x = draw_images(pool, chosen[:classes].tolist(), each, g)
-    body.eval()
-    features = torch.cat([body(part) for part in x.split(500)])
-    body.train()
-    return features, each
-
-
-def accuracies(
-    features: Tensor, each: int, shots: int, tasks: int, penalty: float | None, s: Settings
-) -> list[float]:
-    """Of each task, by heads of that penalty or, None, by class means; always the same tasks."""
-    g = torch.Generator().manual_seed(1_000_003)
-    queries = min(TEST_QUERIES, each - shots)
-    shown, asked = draw_tasks(tasks, len(features) // each, each, s.ways, shots, queries, g)
-
-    def right(shown: Tensor, asked: Tensor) -> Tensor:
-        if penalty is None:
-            logits = prototype_logits(shown, asked, s.ways)
-        else:
-            logits = asked @ fit_head(shown, s.ways, penalty)
-        return (logits.argmax(1) == labels(len(asked), s.ways)).float().mean()
-
-    pairs = zip(shown.split(100), asked.split(100), strict=True)
-    return torch.cat([vmap(right)(features[a], features[b]) for a, b in pairs]).tolist()
+    return grad_and_value(loss, argnums=(0, 1))
 
 
 def train(
@@ -242,20 +152,15 @@ def train(
         "prototypes": through_prototypes(s),
     }
     start = time.process_time()
-    for _ in tqdm(
-        range(min(steps, 20) if method == "random" else steps),
-        f"{method} {shots}-shot, seed {seed}",
-        leave=False,
-    ):
+    steps = min(steps, 20) if method == "random" else steps
+    for _ in tqdm(range(steps), f"{method} {shots}-shot, seed {seed}", leave=False):
         chosen = torch.randperm(len(pool.images), generator=g)[:classes]
         features = body(draw_images(pool, chosen.tolist(), each, g))
         if method == "random":  # the norm layers have now seen the images, and that is all
             continue
         adam.zero_grad()
         if method == "classifier":
-            F.cross_entropy(
-                last(features) * sqrt(body.size), chosen.repeat_interleave(each)
-            ).backward()
+            F.cross_entropy(last(features * sqrt(body.size)), chosen).backward()
         else:
             shown, asked = draw_tasks(s.tasks, classes, each, s.ways, shots, s.queries, g)
             cached = features.detach()
@@ -268,17 +173,18 @@ def train(
     return body, time.process_time() - start
 
 
-def test(
-    body: Body, data: FewShot, shots: int, s: Settings
-) -> dict[str, tuple[float, list[float]]]:
+Scores = dict[str, tuple[float, list[float]]]
+
+
+def test(body: Body, data: FewShot, shots: int, s: Settings) -> Scores:
     """By kind of head: λ, chosen on validation tasks, and the accuracies of test tasks."""
     seen, each = embed(body, data.val, len(data.val.images))
-    tried = {p: mean(accuracies(seen, each, shots, 300, p, s)) for p in PENALTIES}
+    tried = {p: mean(accuracies(seen, each, s.ways, shots, 300, p)) for p in PENALTIES}
     best = max(tried, key=lambda p: tried[p])
     new, each = embed(body, data.test, len(data.test.images))
     return {
-        "softmax": (best, accuracies(new, each, shots, s.test_tasks, best, s)),
-        "class means": (0.0, accuracies(new, each, shots, s.test_tasks, None, s)),
+        "softmax": (best, accuracies(new, each, s.ways, shots, s.test_tasks, best)),
+        "class means": (0.0, accuracies(new, each, s.ways, shots, s.test_tasks, None)),
     }
 
 

@@ -19,10 +19,14 @@ SMALL = {
         *("--outer-steps", "2", "--inner-steps", "5", "--meta-batch", "1", "--test-tasks", "2"),
         *("--channels", "4"),
     ],
+    "few_shot_heads": ["--steps", "5", "5", "--test-tasks", "50", "--channels", "8"],
     "hyper_representation": ["--outer-steps", "3"],
     "imaml": [
         *("--steps", "2", "--meta-batch", "2", "--test-tasks", "4", "--val-tasks", "2"),
         *("--channels", "8"),
+    ],
+    "imaml_at_prior": [
+        *("--inner-steps", "5", "--lams", "2", "--tasks", "1", "--channels", "8"),
     ],
     "lancbio": ["--steps", "5", "--size", "60"],
     "learn_learning_rate": ["--steps", "20", "--grid-lr", "0.001", "--grid-decay", "1e-4"],
