@@ -35,11 +35,13 @@ from _shared.distillation import (
     BASELINES,
     CLASSES,
     HEADER,
+    LONG,
     Run,
     checkpoint_files,
     distil,
     draw_images,
     standardised,
+    tuned_on_real,
 )
 from _shared.output import print_table, save_figure, save_rows
 from torch import Tensor, nn
@@ -104,6 +106,7 @@ ESTIMATORS: dict[str, Callable[[], HypergradientEstimator | None]] = {
     "cg-betty": lambda: implicit(BettyCG(10, scale=0.01), Hessian()),
     "identity": lambda: implicit(Identity(), Hessian()),
 }
+TUNED = {"real, best rate": 1, "real, best rate, long": LONG}  # times the inner steps
 PUBLISHED = {"cg-betty": ".17 ± .04", "neumann": ".47 ± .03", "nystrom": ".49 ± .04"}
 Name = Literal["unrolled", "default", "recycled-cg", "cg", "cg-warm", "nystrom-pcg", "nystrom",
                "neumann", "cg-betty", "identity"]  # fmt: skip
@@ -182,12 +185,13 @@ def draw(runs: dict[str, Run], name: str, images: Tensor, width: int, s: Setting
     left.suptitle(f"Learned by {name}", fontsize=12)
     draw_images(list(left.subplots(s.per_class, CLASSES).flat), images, width)
     axis = right.subplots()
-    for i, (label, run) in enumerate(runs.items()):
-        if label in BASELINES:
-            line = {"none": ":", "real": "--"}[label]
-            axis.axhline(run.accuracy[-1], color="black", lw=1, ls=line, label=BASELINES[label])
+    lines = dict(zip((*BASELINES, *TUNED), (":", "--", "-.", "-"), strict=True))
+    for label, run in runs.items():
+        if label in lines:
+            ls, text = lines[label], BASELINES.get(label, label)
+            axis.axhline(run.accuracy[-1], color="black", lw=1, ls=ls, label=text)
         else:
-            axis.plot(run.steps, run.accuracy, color=f"C{i - len(BASELINES)}", label=label)
+            axis.plot(run.steps, run.accuracy, label=label)
     axis.set(xlabel="outer steps", ylabel="test accuracy")
     axis.grid(alpha=0.3)
     axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -208,16 +212,20 @@ def main(s: Settings) -> None:
         print(f"{train.name}: {len(train.y)} training and {len(test.y)} test images, seed {seed}")
         runs, images = {}, {}
         prefix = f"dataset_distillation_{seed}"
-        for name, file in checkpoint_files(prefix, (*BASELINES, *s.strategies), s).items():
-            make = ESTIMATORS.get(name, ESTIMATORS["identity"])
-            run, images[name] = distil(name, make, network, train, test, s, seed, file)
+        for name, file in checkpoint_files(prefix, (*BASELINES, *TUNED, *s.strategies), s).items():
+            if name in TUNED:
+                steps = TUNED[name] * s.inner_steps
+                run = tuned_on_real(network, train, test, s, seed, steps)
+            else:
+                make = ESTIMATORS.get(name, ESTIMATORS["identity"])
+                run, images[name] = distil(name, make, network, train, test, s, seed, file)
             runs[name] = run
             rows.append(run.row(BASELINES.get(name, name), PUBLISHED.get(name, "")))
             numbers = (run.loss[-1], run.accuracy[-1], run.seconds)
             table.append([name, seed, *(f"{x:.6g}" for x in numbers), run.products, run.steps[-1]])
             save_rows(s.out / "dataset_distillation.csv", COLUMNS, table)
             if run.rates:
-                tqdm.write(f"learned rates: {', '.join(f'{rate:.3f}' for rate in run.rates)}")
+                tqdm.write(f"inner rates: {', '.join(f'{rate:.3f}' for rate in run.rates)}")
     print()
     print_table(HEADER, rows)
     print('Published: MNIST, 5000 outer steps, mean of several runs; "CG" there is cg-betty.')
