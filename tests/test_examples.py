@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data"
@@ -99,6 +101,25 @@ def test_help(tmp_path):
     assert done.returncode == 0, done.stderr
     texts = done.stdout.split("END OF")[: len(names)]
     assert all("--seed" in text for text in texts)
+
+
+@pytest.mark.parametrize("shots", [1, 5])
+def test_heads_are_solved(shots, monkeypatch):
+    """few_shot_heads.py: implicit differentiation needs the optimum."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    from _shared.heads import fit_head, labels
+
+    torch.manual_seed(0)
+    shown = F.relu(torch.randn(5 * shots, 256)) / 16
+    y, penalty = labels(len(shown), 5), 0.01
+
+    def slope(head):
+        return torch.func.grad(
+            lambda w: F.cross_entropy(shown @ w, y) + penalty / 2 * w.square().sum()
+        )(head)
+
+    head = fit_head(shown, 5, penalty)
+    assert slope(head).norm() < 1e-4 * slope(torch.zeros_like(head)).norm()
 
 
 @pytest.mark.slow
