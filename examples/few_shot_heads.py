@@ -222,7 +222,8 @@ def draw(rows: list[list[str | float]], s: Settings, name: str) -> None:
             at = [s.methods.index(r[0]) + shift for r in of_head]  # type: ignore[arg-type]
             axis.plot(at, [1 - float(r[4]) for r in of_head], mark, ms=5, alpha=0.8, label=head)
         axis.set_xticks(range(len(s.methods)), s.methods, rotation=30)
-        axis.set(yscale="log", ylabel="test error", title=f"{s.ways}-way {shots}-shot")
+        axis.set(yscale="log", xlim=(-0.5, len(s.methods) - 0.5), ylabel="test error",
+                 title=f"{s.ways}-way {shots}-shot")  # fmt: skip
         axis.grid(alpha=0.3, which="both")
     axes[0][0].legend(frameon=False, fontsize=9, title="head at the test")
     figure.suptitle(name, fontsize=11)
