@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR
 from tqdm import tqdm
 
 from hyperopt_torch import (
@@ -112,10 +112,13 @@ def distil(
     s: Distillation,
     seed: int,
     file: Path,
+    *,
+    decayed: bool = True,
 ) -> tuple[Run, Tensor]:
     """One run; "none" and "real" make no outer step. Returns what it measured, and the images.
 
     ``Unrolled`` looks at the inner steps, and so it learns their rates too, one for each tensor.
+    ``decayed``: the outer rate falls to zero along a cosine; otherwise it stays.
     """
     torch.manual_seed(seed)  # a strategy takes its seed from here when it is made
     model = make_model(train.width)
@@ -140,7 +143,7 @@ def distil(
     optimizer = BilevelOptimizer(inner, outer, estimator=estimator)
 
     last = 0 if name in BASELINES else s.outer_steps
-    decay = CosineAnnealingLR(outer, max(1, last))
+    decay = CosineAnnealingLR(outer, max(1, last)) if decayed else ConstantLR(outer, 1.0, 0)
     checkpoint = Checkpoint(
         file, images=distilled, rates=rates, optimizer=optimizer, decay=decay,
         batches=Stream(batches),
