@@ -33,7 +33,6 @@ from tqdm import tqdm
 from hyperopt_torch import (
     BilevelOptimizer,
     ConjugateGradient,
-    GaussNewton,
     Hessian,
     HypergradientEstimator,
     Identity,
@@ -41,13 +40,9 @@ from hyperopt_torch import (
     Unrolled,
 )
 
-# λ is part of the Hessian, and the damping of Gauss-Newton, which sees the outputs alone. None: the
-# default as shipped.
+# λ is part of the Hessian. None: the default as shipped, on the Gauss-Newton matrix.
 ESTIMATORS: dict[str, Callable[[float], HypergradientEstimator | None]] = {
     "hessian": lambda lam: ImplicitDifferentiation(ConjugateGradient(20), Hessian()),
-    "gauss-newton": lambda lam: ImplicitDifferentiation(
-        ConjugateGradient(20, damping=lam), GaussNewton()
-    ),
     "default": lambda lam: None,
     "identity": lambda lam: ImplicitDifferentiation(Identity(1 / lam)),
 }
@@ -64,9 +59,11 @@ class Settings:
     shots: tuple[int, ...] = (1, 5)
     """Images of each of the five classes that a task shows."""
     lams: tuple[float, ...] = (0.5, 2.0, 8.0)
-    """λ of the proximal term; SGD with .1 needs less than 20."""
+    """λ of the proximal term."""
     inner_steps: tuple[int, ...] = (10, 30, 100)
-    """SGD steps of .1 from the prior."""
+    """SGD steps from the prior."""
+    inner_lr: float = 0.1
+    """Their rate; the published one."""
     queries: int = 5
     """Images of each class that a task asks for."""
     tasks: int = 2
@@ -82,13 +79,14 @@ class Settings:
 
 
 def gradient(
-    prior: nn.Module, task: Task, lam: float, steps: int, estimator: HypergradientEstimator | None
-) -> tuple[Tensor, int]:
+    prior: nn.Module, task: Task, lam: float, steps: int, lr: float,
+    estimator: HypergradientEstimator | None,
+) -> tuple[Tensor, int]:  # fmt: skip
     """d (loss of the queries) / d prior as one vector, and the products that it took."""
     model = copy.deepcopy(prior)
     # The bilevel lines: θ is the inner level, the prior φ the outer one.
     optimizer = BilevelOptimizer(
-        torch.optim.SGD(model.parameters(), lr=0.1),
+        torch.optim.SGD(model.parameters(), lr=lr),
         torch.optim.SGD(prior.parameters(), lr=1.0),  # never steps
         estimator=estimator,
         on_trouble="ignore",  # the Hessian is indefinite here: that is part of the finding
@@ -124,11 +122,12 @@ def compare(s: Settings) -> list[list[str | float]]:
         prior = network(Network(channels=s.channels), data.width)
         g = torch.Generator().manual_seed(seed)
         tasks = [data.train.task(5, shots, s.queries, g) for _ in range(s.tasks)]
-        exact = [gradient(prior, task, lam, steps, Unrolled())[0] for task in tasks]
+        exact = [gradient(prior, task, lam, steps, s.inner_lr, Unrolled())[0] for task in tasks]
         for name, make in ESTIMATORS.items():
             start = time.process_time()
             found, products = zip(
-                *(gradient(prior, task, lam, steps, make(lam)) for task in tasks), strict=True
+                *(gradient(prior, task, lam, steps, s.inner_lr, make(lam)) for task in tasks),
+                strict=True,
             )
             seconds = time.process_time() - start
             pairs = list(zip(found, exact, strict=True))
@@ -139,24 +138,25 @@ def compare(s: Settings) -> list[list[str | float]]:
 
 
 def draw(rows: list[list[str | float]], s: Settings) -> None:
-    """Mean cosine over seeds, a panel for each λ and number of shots."""
+    """A point a seed, a panel for each λ and number of shots."""
     figure, axes = plt.subplots(
-        *(len(s.shots), len(s.lams)), figsize=(3.4 * len(s.lams), 2.6 * len(s.shots)),
+        *(len(s.shots), len(s.lams)), figsize=(3.8 * len(s.lams), 2.6 * len(s.shots)),
         sharex=True, sharey=True, squeeze=False,
     )  # fmt: skip
     for line, shots in zip(axes, s.shots, strict=True):
         for axis, lam in zip(line, s.lams, strict=True):
-            for name, mark in zip(ESTIMATORS, "osv^", strict=True):
-                of = {k: [float(r[5]) for r in rows if r[:4] == [name, shots, lam, k]]
-                      for k in s.inner_steps}  # fmt: skip
-                axis.plot(list(of), [mean(v) for v in of.values()], mark + "-", ms=4, label=name)
+            for i, (name, mark) in enumerate(zip(ESTIMATORS, "os^", strict=True)):
+                of = [r for r in rows if r[:3] == [name, shots, lam]]
+                at = [s.inner_steps.index(r[3]) + 0.2 * (i - 1) for r in of]  # type: ignore
+                axis.plot(at, [float(r[5]) for r in of], mark, ms=5, label=name)
             axis.axhline(0, color="black", lw=0.6)
-            axis.set(title=f"{shots}-shot, λ = {lam:g}", xscale="log", ylim=(-1.05, 1.05))
+            axis.set(title=f"{shots}-shot, λ = {lam:g}", ylim=(-1.05, 1.05))
+            axis.set_xticks(range(len(s.inner_steps)), [str(k) for k in s.inner_steps])
             axis.grid(alpha=0.3)
     for axis in axes[-1]:
         axis.set_xlabel("inner steps")
     axes[0][0].set_ylabel("cosine with the\nexact derivative")
-    axes[0][0].legend(frameon=False, fontsize=8)
+    axes[0][0].legend(frameon=False, fontsize=8, loc="lower left", ncols=3)
     figure.tight_layout()
     save_figure(figure, s.out / "imaml_at_prior.png")
 
