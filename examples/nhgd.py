@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,13 +32,11 @@ import torch.nn.functional as F
 import tyro
 from _shared.checkpoint import Checkpoint, Stream
 from _shared.data import NoisySplit, Source, load_train_test, noisy_split
-from _shared.output import print_table, save_figure, save_rows
-from dataset_distillation import (
+from _shared.distillation import (
     BASELINES,
     CLASSES,
     HEADER,
     Run,
-    Strategy,
     checkpoint_files,
     distil,
     measure,
@@ -45,17 +44,21 @@ from dataset_distillation import (
     signature,
     standardised,
 )
+from _shared.output import print_table, save_figure, save_rows
 from dataset_distillation import Settings as DistillationSettings
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from hyperopt_torch import (
     CG,
+    IHVP,
     NHGD,
     BilevelOptimizer,
+    Curvature,
     GaussNewton,
     Hessian,
     Identity,
+    ImplicitDifferentiation,
     PerSample,
     RecycledCG,
 )
@@ -135,6 +138,9 @@ REMARK = {
 }
 
 
+Strategy = tuple[Callable[[], IHVP], Callable[[], Curvature]]
+
+
 def strategies(s: Settings) -> dict[str, Strategy]:
     def nhgd(rescale: bool) -> NHGD:
         rows = {"rows": "per_sample", "samples": s.samples}
@@ -195,7 +201,7 @@ def clean(
     )
     run, done = resumed(checkpoint, s)
     every = max(1, s.outer_steps // s.evaluations)
-    clock = time.perf_counter() - run.seconds
+    clock = time.process_time() - run.seconds
     for step in tqdm(range(done, s.outer_steps), desc=name, initial=done, total=s.outer_steps):
         for _ in range(s.inner_steps):
             batch = torch.randint(len(split.labels), (s.batch,), generator=batches)
@@ -207,7 +213,7 @@ def clean(
             run.steps.append(step + 1)
             run.loss.append(measure(model, split.clean_x, split.clean_y)[0])
             run.accuracy.append(measure(model, split.test_x, split.test_y)[1])
-            run.seconds = time.perf_counter() - clock
+            run.seconds = time.process_time() - clock
             checkpoint.save(step + 1, run=dataclasses.asdict(run), settings=signature(s))
     return run, weights.phi.detach().sigmoid()
 
@@ -232,13 +238,17 @@ def run_distillation(s: Settings) -> dict[str, Run]:
     inherited = {f.name for f in dataclasses.fields(DistillationSettings)} - {"strategies"}
     given = {k: v for k, v in dataclasses.asdict(s).items() if k in inherited}
     settings = DistillationSettings(**given, outer_batch=s.batch)
-    train, test = standardised(settings)
+    train, test = standardised(settings, s.seed)
     print(f"{train.name}: {len(train.y)} training and {len(test.y)} test images")
     runs = {}
     files = checkpoint_files("nhgd_distillation", (*BASELINES, *s.methods), s)
     for name, file in files.items():
-        strategy = strategies(s)["identity" if name in BASELINES else name]
-        runs[name], _ = distil(name, strategy, softmax_regression, train, test, settings, file)
+        ihvp, curvature = strategies(s)["identity" if name in BASELINES else name]
+
+        def make() -> ImplicitDifferentiation:
+            return ImplicitDifferentiation(ihvp(), curvature())  # noqa: B023
+
+        runs[name], _ = distil(name, make, softmax_regression, train, test, settings, s.seed, file)
     return runs
 
 

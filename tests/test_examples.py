@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data"
@@ -19,10 +21,14 @@ SMALL = {
         *("--outer-steps", "2", "--inner-steps", "5", "--meta-batch", "1", "--test-tasks", "2"),
         *("--channels", "4"),
     ],
+    "few_shot_heads": ["--steps", "5", "5", "--test-tasks", "50", "--channels", "8"],
     "hyper_representation": ["--outer-steps", "3"],
     "imaml": [
         *("--steps", "2", "--meta-batch", "2", "--test-tasks", "4", "--val-tasks", "2"),
         *("--channels", "8"),
+    ],
+    "imaml_at_prior": [
+        *("--inner-steps", "5", "--lams", "2", "--tasks", "1", "--channels", "8"),
     ],
     "lancbio": ["--steps", "5", "--size", "60"],
     "learn_learning_rate": ["--steps", "20", "--grid-lr", "0.001", "--grid-decay", "1e-4"],
@@ -97,6 +103,25 @@ def test_help(tmp_path):
     assert done.returncode == 0, done.stderr
     texts = done.stdout.split("END OF")[: len(names)]
     assert all("--seed" in text for text in texts)
+
+
+@pytest.mark.parametrize("shots", [1, 5])
+def test_heads_are_solved(shots, monkeypatch):
+    """few_shot_heads.py: implicit differentiation needs the optimum."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    from _shared.heads import fit_head, labels
+
+    torch.manual_seed(0)
+    shown = F.relu(torch.randn(5 * shots, 256)) / 16
+    y, penalty = labels(len(shown), 5), 0.01
+
+    def slope(head):
+        return torch.func.grad(
+            lambda w: F.cross_entropy(shown @ w, y) + penalty / 2 * w.square().sum()
+        )(head)
+
+    head = fit_head(shown, 5, penalty)
+    assert slope(head).norm() < 1e-4 * slope(torch.zeros_like(head)).norm()
 
 
 @pytest.mark.slow
