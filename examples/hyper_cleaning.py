@@ -28,8 +28,8 @@ import tyro
 from _shared import noise_remedies as remedies
 from _shared.cleaning_strategies import STRATEGIES, Name
 from _shared.data import NoisySplit, Source, load_images, noisy_split
-from _shared.intervals import half_width, shown
-from _shared.output import print_table, save_figure, save_rows
+from _shared.intervals import add_difference, by_method, half_width, save_runs, summary
+from _shared.output import print_table, save_figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -142,8 +142,6 @@ def experiment(split: NoisySplit, s: Settings, seed: int) -> tuple[list[dict[str
             note(name, partial(cleaned, split, s, seed, name, bar))
         for name, fit in plain.items():
             note(name, fit)
-    for row in rows:  # paired: same seed, same split, same start
-        row["gain_of_first"] = rows[0]["test_accuracy"] - row["test_accuracy"]
     return rows, found[0]
 
 
@@ -151,9 +149,7 @@ def draw(rows: list[dict[str, Any]], weights: Tensor, split: NoisySplit, s: Sett
     figure = plt.figure(figsize=(14, 4.6))
     left, middle, right = figure.subfigures(1, 3, width_ratios=[1.5, 1, 1.3])
     axis = left.subplots(gridspec_kw={"left": 0.44, "bottom": 0.13})
-    by = {
-        r["method"]: [q["test_accuracy"] for q in rows if q["method"] == r["method"]] for r in rows
-    }
+    by = by_method(rows, "test_accuracy")
     order = sorted(by, key=lambda name: mean(by[name]))
     colors = ["C2" if n == "oracle" else "C3" if n in get_args(Name) else "C7" for n in order]
     errors = [half_width(by[n]) for n in order]
@@ -190,19 +186,10 @@ def main(s: Settings) -> None:
         split = remedies.mislabel(noisy_split(images, seed, **sizes), s.kind)
         more, weights = experiment(split, s, seed)
         rows += more
-    table = []
-    for name in dict.fromkeys(row["method"] for row in rows):
-        own = [row for row in rows if row["method"] == name]
-        cells = [shown([r[k] for r in own]) for k in ("test_accuracy", "gain_of_first")]
-        found = [
-            shown([r[k] for r in own]) if own[0][k] != "" else "" for k in ("precision", "recall")
-        ]
-        costs = [f"{mean(r[k] for r in own):.{d}f}" for k, d in (("products", 0), ("cpu_s", 1))]
-        table.append([name, *cells, *found, *costs])
-    header = ["", "test accuracy", f"gain of {s.strategies[0]}", "precision", "recall"]
-    print_table([*header, "products", "CPU s"], table)
-    cells = [[f"{v:.6g}" if isinstance(v, float) else v for v in row.values()] for row in rows]
-    save_rows(s.out.with_suffix(".csv"), list(rows[0]), cells)
+    add_difference(rows, "gain_of_first", s.strategies[0], -1)
+    columns = ["test_accuracy", "gain_of_first", "precision", "recall"]
+    print_table(["", *columns, "products", "cpu_s"], summary(rows, columns))
+    save_runs(s.out.with_suffix(".csv"), rows)
     draw(rows, weights, split, s)
 
 
