@@ -7,10 +7,11 @@ r"""A long-tailed training set: what a hypergradient can add to logit adjustment
 Class c keeps n_max * imbalance^(-c / 9) training samples; a few balanced images are set aside.
 Plain remedies: weights 1 / n_c, and log priors added to the outputs in training (Menon et al.
 2021). Learned from the loss on the balanced images, by hypergradient: an offset and a weight for
-each class, from log priors on ("offsets"); or a network that turns the loss of a sample, detached,
-into its weight, as in Hataya & Yamada, AISTATS 2023 ("network"). There is no direct term: nothing
-that is learned enters the loss on the balanced images. "+ balanced": trained on these, too, once
-the rest is chosen. The test set is looked at once, at the end of a run.
+each class, starting at one of these remedies ("from priors", "from 1/n"); or a network that turns
+the loss of a sample, detached, into its weight, as in Hataya & Yamada, AISTATS 2023 ("network").
+There is no direct term: nothing that is learned enters the loss on the balanced images. "+
+balanced": trained on these, too, once the rest is chosen. The test set is looked at once, at the
+end of a run.
 """
 
 from __future__ import annotations
@@ -36,7 +37,6 @@ from _shared.long_tail import (
     Offsets,
     Split,
     WeightNetwork,
-    fitted_offset,
     halved,
     load_long_tail,
     long_tailed,
@@ -92,7 +92,7 @@ class Settings:
     """Samples of the largest class, at most."""
     val_per_class: int = 50
     """Balanced images of each class."""
-    steps: int = 500
+    steps: int = 400
     """Inner steps (paper: 15000)."""
     every: int = 10
     """Inner steps between two outer steps."""
@@ -155,18 +155,20 @@ def train(
 def methods(split: Split, s: Settings, fit: Callable[..., Any]) -> Iterator[Found]:
     """Every method on one long-tailed set."""
     yield from plain_remedies(split, lambda data, loss: fit(data, loss)[0])
-    joined = split.joined()
-    for name in s.strategies:
-        learned = Offsets(split.log_prior)
+    joined, zero = split.joined(), torch.zeros(10)
+    change = joined.log_prior - split.log_prior
+    starts = {"priors": (split.log_prior, zero), "1/n": (zero, -split.log_prior)}
+    for start, name in (("priors", s.strategies[0]), *(("1/n", n) for n in s.strategies)):
+        learned = Offsets(*starts[start])
         model, products = fit(split, learned, strategy=STRATEGIES[name](), outer_lr=s.outer_lr)
-        outputs = outputs_of(model, split.test_x)
-        yield f"offsets, {name}", outputs, products, ""
-        offset = fitted_offset(outputs_of(model, split.val_x), split.val_y)
-        yield f"offsets, {name}, fitted after", outputs + offset, products, ""
-        with torch.no_grad():
-            learned.offset += joined.log_prior - split.log_prior
+        yield f"from {start}, {name}", outputs_of(model, split.test_x), products, ""
+        with torch.no_grad():  # the change of the priors goes where they went at the start
+            if start == "priors":
+                learned.offset += change
+            else:
+                learned.log_weight -= change
         again, _ = fit(joined, learned)  # with the learned offsets and weights as they are
-        yield f"offsets, {name} + balanced", outputs_of(again, split.test_x), products, ""
+        yield f"from {start}, {name} + balanced", outputs_of(again, split.test_x), products, ""
     strategy = STRATEGIES["nystrom"]()
     model, products = fit(split, WeightNetwork(), strategy=strategy, outer_lr=s.network_lr)
     yield "network, nystrom", outputs_of(model, split.test_x), products, ""
@@ -208,7 +210,7 @@ def compared(s: Settings) -> dict[str, tuple[str, int]]:
     """Columns of differences, paired by seed: with which method, and the sign."""
     if s.robustness:
         return {"gain_over_baseline": ("baseline", 1)}
-    first = f"offsets, {s.strategies[0]}"
+    first = f"from 1/n, {s.strategies[0]}"
     return {"gain_of_learned": (first, -1), "gain_of_learned_balanced": (f"{first} + balanced", -1)}
 
 
@@ -223,18 +225,18 @@ def main(s: Settings) -> None:
     if images[0].width > 20:
         images = halved(images[0]), halved(images[1])
     print(f"{images[0].name}, imbalance {s.imbalance:g}, {s.steps} inner steps")
-    runs = 10 if s.robustness else 9 + 2 * len(s.strategies)
+    runs = 10 if s.robustness else 11 + 2 * len(s.strategies)
     rows = []
     with tqdm(total=runs * len(s.seeds) * s.steps, unit="step") as bar:
         for seed in s.seeds:
             bar.set_description(f"seed {seed}")
             rows += experiment(images, s, seed, bar)
-    for key, (other, sign) in compared(s).items():
-        add_difference(rows, key, other, sign)
+            for key, (other, sign) in compared(s).items():
+                add_difference(rows, key, other, sign)
+            save_runs(s.out / f"{name_of(s)}.csv", rows)  # what there is so far
     columns = [*ACCURACIES, *compared(s)]
     print_table(["", *columns, "products", "cpu_s"], summary(rows, columns))
-    save_runs(s.out / f"{name_of(s)}.csv", rows)
-    figure = accuracy_figure(rows, ACCURACIES, ("offsets", "network", "nystrom"))
+    figure = accuracy_figure(rows, ACCURACIES, ("from", "network", "nystrom"))
     save_figure(figure, s.out / f"{name_of(s)}.png")
 
 

@@ -137,10 +137,10 @@ def fitted_offset(outputs: Tensor, y: Tensor) -> Tensor:
 class Offsets(nn.Module):
     """An offset and a log weight for each class: the outer parameters."""
 
-    def __init__(self, log_prior: Tensor) -> None:
+    def __init__(self, offset: Tensor, log_weight: Tensor) -> None:
         super().__init__()
-        self.offset = nn.Parameter(log_prior.clone())
-        self.log_weight = nn.Parameter(torch.zeros_like(log_prior))
+        self.offset = nn.Parameter(offset.clone())
+        self.log_weight = nn.Parameter(log_weight.clone())
 
     def forward(self, outputs: Tensor, y: Tensor) -> Tensor:
         return adjusted(self.offset, self.log_weight)(outputs, y)

@@ -66,13 +66,17 @@ def both(model: nn.Module, step: int, split: NoisySplit) -> Tensor:
     return noisy + as_given(model, step, split.clean_x, split.clean_y)
 
 
-def agreeing(split: NoisySplit, clean_model: nn.Module) -> Loss:
-    """Keep what a model of the clean images alone labels as given, and the clean images."""
-    with torch.no_grad():
-        kept = clean_model(split.x).argmax(1) == split.labels
+def kept_and_clean(split: NoisySplit, kept: Tensor) -> Loss:
+    """The samples that ``kept`` (n,) says, and the clean images, as one training set."""
     x = torch.cat([split.x[kept], split.clean_x])
     y = torch.cat([split.labels[kept], split.clean_y])
     return partial(as_given, x=x, y=y)
+
+
+@torch.no_grad()
+def agreeing(split: NoisySplit, clean_model: nn.Module) -> Tensor:
+    """(n,) bool: what a model of the clean images alone labels as given."""
+    return clean_model(split.x).argmax(1) == split.labels
 
 
 def corrected(split: NoisySplit, noisy_model: nn.Module) -> Loss:
@@ -92,6 +96,17 @@ def corrected(split: NoisySplit, noisy_model: nn.Module) -> Loss:
     return loss
 
 
+def fit(loss: Loss, make: Make, steps: int, tick: Callable[[], Any]) -> nn.Module:
+    """A fresh model, trained on ``loss``."""
+    model, sgd = make()
+    for step in range(1, steps + 1):
+        sgd.zero_grad()
+        loss(model, step).backward()
+        sgd.step()
+        tick()
+    return model
+
+
 def plain_runs(
     split: NoisySplit, make: Make, steps: int, every: int, tick: Callable[[], Any]
 ) -> dict[str, Callable[[], nn.Module]]:
@@ -109,7 +124,7 @@ def plain_runs(
     right = partial(as_given, x=split.x[~split.wrong], y=split.labels[~split.wrong])
     reverse = partial(symmetric, x=split.x, y=split.labels)
 
-    def fit(
+    def run(
         loss: Loss, stop: bool = False, steps: int = steps, start: nn.Module | None = None
     ) -> nn.Module:
         """With ``stop`` the model comes back as it was at its lowest loss on the clean images."""
@@ -130,23 +145,25 @@ def plain_runs(
         return model
 
     def fine_tuned() -> nn.Module:
-        start = fit(noisy, stop=True)
-        return fit(clean, steps=steps // 5, start=start)
+        start = run(noisy, stop=True)
+        return run(clean, steps=steps // 5, start=start)
 
     short = max(1, steps // 10)
     mixed = partial(both, split=split)
     trim = partial(trimmed, split, short)
     return {
-        "no cleaning": lambda: fit(noisy),
-        "stopped early": lambda: fit(noisy, stop=True),
-        "symmetric loss, stopped early": lambda: fit(reverse, stop=True),
-        "largest losses dropped": lambda: fit(trim(clean=False)),
-        "largest dropped, clean added": lambda: fit(trim(clean=True)),
-        "clean added": lambda: fit(mixed),
-        "clean added, a tenth of the steps": lambda: fit(mixed, steps=short),
+        "no cleaning": lambda: run(noisy),
+        "stopped early": lambda: run(noisy, stop=True),
+        "symmetric loss, stopped early": lambda: run(reverse, stop=True),
+        "largest losses dropped": lambda: run(trim(clean=False)),
+        "largest dropped, clean added": lambda: run(trim(clean=True)),
+        "clean added": lambda: run(mixed),
+        "clean added, a tenth of the steps": lambda: run(mixed, steps=short),
         "stopped early, tuned on clean": fine_tuned,
-        "clean alone": lambda: fit(clean),
-        "labels a clean model agrees with": lambda: fit(agreeing(split, fit(clean))),
-        "loss correction": lambda: fit(corrected(split, fit(noisy, steps=short))),
-        "oracle": lambda: fit(right),
+        "clean alone": lambda: run(clean),
+        "labels a clean model agrees with": lambda: run(
+            kept_and_clean(split, agreeing(split, run(clean)))
+        ),
+        "loss correction": lambda: run(corrected(split, run(noisy, steps=short))),
+        "oracle": lambda: run(right),
     }
