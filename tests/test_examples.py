@@ -14,7 +14,7 @@ DATA = ROOT.parent / "shared" / "data"
 
 SMALL = {
     "data_reweighting": [
-        *("--steps", "20", "--imbalance", "50", "--strategies", "baseline", "nystrom"),
+        *("--steps", "20", "--imbalance", "50", "--strategies", "default", "nystrom"),
     ],
     "dataset_distillation": ["--outer-steps", "5"],
     "few_shot_features": [
