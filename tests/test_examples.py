@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data"
 
 SMALL = {
+    "cg_defects": ["--seeds", "0", "--outer-steps", "1"],
     "data_reweighting": [
         *("--steps", "20", "--imbalance", "50", "--strategies", "baseline", "nystrom"),
     ],
@@ -24,7 +25,9 @@ SMALL = {
         *("--steps", "2", "--meta-batch", "2", "--test-tasks", "4", "--val-tasks", "2"),
         *("--channels", "8"),
     ],
-    "lancbio": ["--steps", "5", "--size", "60"],
+    "lancbio_cleaning": ["--steps", "5", "--train", "200", "--noise", "0.5"],
+    "lancbio_synthetic": ["--steps", "5", "--size", "60"],
+    "lancbio_text": ["--steps", "5", "--seeds", "0"],
     "learn_learning_rate": ["--steps", "20", "--grid-lr", "0.001", "--grid-decay", "1e-4"],
     "nhgd": ["--outer-steps", "5"],
     "hyper_cleaning": ["--steps", "20", "--train", "100"],
