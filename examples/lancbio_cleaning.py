@@ -187,7 +187,7 @@ def experiment(s: Settings, log: RunLog, noise: float, seed: int) -> None:
         for name, theta in problem.baselines():
             loss = F.cross_entropy(logits(theta, problem.clean_x), problem.clean_y).item()
             results = {"validation_loss": loss, "accuracy": problem.accuracy(theta)}
-            results |= {"products": 0, "cpu_s": time.process_time() - began}
+            results |= {"outer_steps": 0, "products": 0, "cpu_s": time.process_time() - began}
             log.add({"method": name, **where}, results)
             began = time.process_time()
     for method in s.methods:
@@ -237,7 +237,7 @@ def main(s: Settings) -> None:
         "products": ("products", ".0f"),
         "CPU s": ("cpu_s", ".1f"),
     }
-    log.show(("noise", "method"), columns, data=s.data)
+    log.show(("noise", "outer_steps", "method"), columns, data=s.data)
     draw(s, log)
 
 
