@@ -2,6 +2,7 @@
 
     python examples/lancbio_synthetic.py
     python examples/lancbio_synthetic.py --seeds 0 1 2 --size 2000 --steps 300
+    python examples/lancbio_synthetic.py --outer-lr 0.3
     python examples/lancbio_synthetic.py --paper
 
 Yang, Gao & Yuan, ICLR 2025; x and y of length n, the eigenvalues of G from 1 to 1e5:
@@ -46,6 +47,8 @@ class Settings:
     """n, the length of x and of y."""
     steps: int = 1000
     """Outer steps; three times as many for "soba", with one inner step each, as published."""
+    outer_lr: float = 1.0
+    """Of SGD on x; 1 as published, where some starts oscillate whatever the solver."""
     paper: bool = False
     """n = 10^4, 10^4 steps, ten seeds. Untried: G takes 800 MB."""
     resume: bool = False
@@ -60,8 +63,9 @@ class Synthetic(nn.Module):
     inner_lr = 1e-5  # θ_y; also 1 / λ_max
     scale = Scale(subspace=80, step=1e-5, subbio=1e-5, damping=1.0)
 
-    def __init__(self, n: int, seed: int) -> None:
+    def __init__(self, n: int, seed: int, outer_lr: float = 1.0) -> None:
         super().__init__()
+        self.outer_lr = outer_lr
         wide: dict[str, Any] = {
             "dtype": torch.float64,
             "generator": torch.Generator().manual_seed(seed),
@@ -83,7 +87,7 @@ class Synthetic(nn.Module):
         return 0.1 * (x @ (self.D1 * y)).cos() + 0.5 * (self.D2 * x - y).square().sum()
 
     def optimizer(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD([self.outer], lr=1.0)
+        return torch.optim.SGD([self.outer], lr=self.outer_lr)
 
     def hessian(self) -> Tensor:
         """(n, n) ∂²g/∂y²."""
@@ -110,7 +114,9 @@ def draw(s: Settings, log: RunLog) -> None:
     colours = plt.get_cmap("tab20").colors
     for row, y in enumerate(("residual", "hypergradient_norm")):
         for column, x in enumerate(("products", "cpu_s")):
-            for i, (method, points) in enumerate(log.curves(x, y, size=s.size).items()):
+            for i, (method, points) in enumerate(
+                log.curves(x, y, size=s.size, outer_lr=s.outer_lr).items()
+            ):
                 style = "--" if i % 2 else "-"
                 axes[row, column].plot(
                     *zip(*points, strict=True), style, color=colours[i], label=method
@@ -122,7 +128,7 @@ def draw(s: Settings, log: RunLog) -> None:
     axes[1, 1].set(xlabel="CPU seconds")
     handles, names = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside right upper", frameon=False)
-    figure.suptitle(f"n = {s.size}, mean of the seeds")
+    figure.suptitle(f"n = {s.size}, outer rate {s.outer_lr:g}, mean of the seeds")
     save_figure(figure, s.out / "lancbio_synthetic.png")
 
 
@@ -134,10 +140,11 @@ def main(s: Settings) -> None:
     for seed in s.seeds:
         for method in s.methods:
             factors = {"method": method, "size": s.size, "seed": seed, "steps": s.steps}
+            factors |= {"outer_lr": s.outer_lr}
             if log.has(factors):
                 continue
             torch.manual_seed(seed)  # strategies take their seed here
-            problem = Synthetic(s.size, seed)
+            problem = Synthetic(s.size, seed, s.outer_lr)
             cost, curve = run(problem, method, s.steps, partial(measure, problem))
             log.add(factors, cost | measure(problem), curve)
     columns = {
@@ -147,7 +154,7 @@ def main(s: Settings) -> None:
         "products": ("products", ".0f"),
         "CPU s": ("cpu_s", ".1f"),
     }
-    log.show(("size", "method"), columns)
+    log.show(("size", "outer_lr", "method"), columns)
     draw(s, log)
 
 
