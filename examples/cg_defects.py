@@ -162,9 +162,10 @@ def draw(s: Settings, log: RunLog) -> None:
         x1, x2, y = (
             sum(float(r[c]) for r in runs) / len(runs) for c in ("length", "error", "val_loss")
         )
-        marker = "osD^v"[i % 5]
-        axes[0].plot(x1, y, marker, color=colours[i], ms=8)
-        axes[1].plot(max(x2, 1e-6), y, marker, color=colours[i], ms=8, label=method)
+        # Many points lie on one spot: rings, one within the other.
+        ring = {"color": colours[i], "ms": 21 - 1.3 * i, "mfc": "none", "mew": 1.5}
+        axes[0].plot(x1, y, "o", **ring)
+        axes[1].plot(max(x2, 1e-6), y, "o", **ring, label=method)
     axes[0].set(xscale="log", xlabel="‖v‖ / ‖v*‖ at the first step", ylabel="loss at the end")
     axes[1].set(xscale="log", xlabel="error of v (below 1e-6: at 1e-6)")
     for axis in axes:
