@@ -9,9 +9,10 @@ inner Hessian. It needs no product with the Hessian for the solve, only the clos
 the hypergradient; other strategies pay for theirs. Two tasks:
 
 - cleaning: half of the training labels are wrong. A softmax regression is trained on the loss with
-  sample weights σ(φ_i), and the weights follow the loss on clean images.
+  sample weights σ(φ_i), and the weights follow the loss on clean images. Without bilevel
+  optimization: "none", and "none, stopped", the same where its validation loss was lowest.
 - distillation: five images a class are learned, on which a softmax regression is trained, always
-  from the same initialisation; see dataset_distillation.py, whose run this is.
+  from the same initialisation. Without: "random" and "real" images, as they are.
 
 The validation images overlap neither training nor test images; the test set decides nothing. The
 article's learning rates and damping were not at hand: they are choices of ours, also with --paper.
@@ -24,28 +25,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 import tyro
-from _shared.checkpoint import Checkpoint, Stream
-from _shared.data import NoisySplit, Source, load_train_test, noisy_split
-from _shared.distillation import (
-    BASELINES,
-    CLASSES,
-    HEADER,
-    Run,
-    checkpoint_files,
-    distil,
-    measure,
-    resumed,
-    signature,
-    standardised,
-)
-from _shared.output import print_table, save_figure, save_rows
-from dataset_distillation import Settings as DistillationSettings
+from _shared.data import Source, load_train_test
+from _shared.image_tasks import Distilled, Weights
+from _shared.output import save_figure
+from _shared.runlog import Row, RunLog
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -54,17 +43,13 @@ from hyperopt_torch import (
     IHVP,
     NHGD,
     BilevelOptimizer,
-    Curvature,
     GaussNewton,
     Hessian,
     Identity,
-    ImplicitDifferentiation,
-    PerSample,
-    RecycledCG,
 )
 
-Method = Literal["nhgd", "nhgd-rescaled", "identity", "cg", "recycled-cg"]
-METHODS: tuple[Method, ...] = ("nhgd", "nhgd-rescaled", "identity", "cg", "recycled-cg")
+Method = Literal["nhgd", "nhgd-rescaled", "identity", "cg", "cg-warm", "default"]
+PUBLISHED = {"cleaning": "outer loss .2765, test accuracy .9180", "distillation": "loss .4733"}
 
 
 @dataclass(frozen=True)
@@ -82,12 +67,12 @@ class Settings:
     paper: bool = False
     """The published sizes, whatever else is given: 50,000 training images and batches of 1024.
     Needs another set than "digits": mnist for cleaning, fashion for distillation."""
-    methods: tuple[Method, ...] = METHODS
-    """One run for each, all from the same start."""
-    seed: int = 0
+    methods: tuple[Method, ...] = get_args(Method)
+    """One run for each, all from the same start; "default" is BilevelOptimizer's own choice."""
+    seeds: tuple[int, ...] = (0,)
     """For the split, the wrong labels, the start and the batches."""
     train: int = 1000
-    """Training images, of which NOISE are labelled wrong (distillation: real images, at most)."""
+    """Training images (distillation: real images, at most)."""
     clean_per_class: int = 20
     """Validation images of each class (cleaning)."""
     noise: float = 0.5
@@ -105,162 +90,103 @@ class Settings:
     penalty: float = 1e-4
     """λ of the inner penalty λ‖θ‖² (cleaning)."""
     damping: float = 0.03
-    """ρ of every strategy but identity; for NHGD, whose ρ follows its Fisher matrix, the least."""
+    """ρ of CG; for NHGD, whose ρ follows its Fisher matrix, the least."""
     window: int = 512
     """Rows of NHGD's Fisher matrix."""
     samples: int = 8
     """Rows that an inner step adds to them."""
-    evaluations: int = 25
-    """Points of a curve, which is also how often a checkpoint is written."""
+    evaluations: int = 20
+    """Points of a curve."""
     resume: bool = False
-    """Go on with the checkpoints in the folder, to the same result."""
+    """Go on where a stopped command was; what is in the table of --out is not done again."""
     threads: int = 1
     """CPU threads."""
     out: Path = Path("results")
-    """Folder of figure, table and checkpoints."""
+    """Folder of the figure and the tables."""
 
 
-PAPER: dict[str, Any] = {
-    "train": 50_000,
-    "clean_per_class": 500,
-    "noise": 0.5,
-    "batch": 1024,
-    "inner_steps": 10,
-    "penalty": 1e-4,
-}
-PUBLISHED = {  # task -> method -> outer loss, test accuracy
-    "cleaning": {"nhgd": "loss .2765, accuracy .9180"},
-    "distillation": {"nhgd": "loss .4733"},
-}
-REMARK = {
-    "cleaning": "Published: MNIST, mean of the last 50 epochs; SOBA reached a loss of .1055.",
-    "distillation": "Published: Fashion-MNIST, five images a class; network not known to us.",
-}
+PAPER: dict[str, Any] = {"train": 50_000, "clean_per_class": 500, "noise": 0.5, "batch": 1024}
 
 
-Strategy = tuple[Callable[[], IHVP], Callable[[], Curvature]]
+def strategy(method: str, s: Settings) -> dict[str, Any]:
+    """What BilevelOptimizer is given; nothing for its default."""
 
-
-def strategies(s: Settings) -> dict[str, Strategy]:
-    def nhgd(rescale: bool) -> NHGD:
+    def nhgd(rescale: bool) -> IHVP:
         rows = {"rows": "per_sample", "samples": s.samples}
         return NHGD(s.window, min_damping=s.damping, rescale=rescale, **rows)
 
-    return {
-        "nhgd": (lambda: nhgd(rescale=False), Hessian),
-        "nhgd-rescaled": (lambda: nhgd(rescale=True), Hessian),
-        "identity": (Identity, Hessian),
-        "cg": (lambda: CG(5, damping=s.damping), GaussNewton),
-        "recycled-cg": (lambda: RecycledCG(damping=s.damping), GaussNewton),
+    made: dict[str, Callable[[], dict[str, Any]]] = {
+        "nhgd": lambda: {"ihvp": nhgd(rescale=False), "curvature": Hessian()},
+        "nhgd-rescaled": lambda: {"ihvp": nhgd(rescale=True), "curvature": Hessian()},
+        "identity": lambda: {"ihvp": Identity()},
+        "cg": lambda: {"ihvp": CG(5, damping=s.damping), "curvature": GaussNewton()},
+        "cg-warm": lambda: {
+            "ihvp": CG(5, damping=s.damping, warm_start=True),
+            "curvature": GaussNewton(),
+        },
     }
+    return made[method]() if method in made else {}
 
 
-def softmax_regression(width: int) -> nn.Linear:
-    return nn.Linear(width * width, CLASSES)
+@torch.no_grad()
+def measure(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
+    """Mean loss, and accuracy."""
+    outputs = model(x)
+    return F.cross_entropy(outputs, y).item(), (outputs.argmax(1) == y).float().mean().item()
 
 
-class Weights(nn.Module):
-    """φ, one number a training image; its weight is σ(φ)."""
-
-    def __init__(self, count: int) -> None:
-        super().__init__()
-        self.phi = nn.Parameter(torch.zeros(count))
-
-
-def cleaning_split(s: Settings) -> tuple[NoisySplit, int]:
-    """Training and clean images from the set's training part, test images from its test part."""
-    train, test = load_train_test(s.data, s.data_root, s.download)
-    split = noisy_split(
-        train, s.seed, train=s.train, clean_per_class=s.clean_per_class, test=0, noise=s.noise
-    )
-    return dataclasses.replace(split, test_x=test.x, test_y=test.y), train.width
+def make_task(method: str, seed: int, s: Settings) -> Weights | Distilled:
+    images, test = load_train_test(s.data, s.data_root, s.download)
+    sizes: dict[str, Any] = {"train": s.train, "batch": s.batch}
+    if s.task == "distillation":
+        return Distilled(images, test, seed, real=method == "real", **sizes)
+    sizes |= {"clean_per_class": s.clean_per_class, "noise": s.noise, "penalty": s.penalty}
+    return Weights(images, test, seed, **sizes)
 
 
-def clean(
-    name: str, strategy: Strategy, split: NoisySplit, width: int, s: Settings, file: Path
-) -> tuple[Run, Tensor]:
-    """One run; "none" makes no outer step. Returns what it measured, and the weights."""
-    torch.manual_seed(s.seed)  # a strategy takes its seed from here when it is made
-    model, weights = softmax_regression(width), Weights(len(split.labels))
-    batches = torch.Generator().manual_seed(s.seed)
-
-    def train_loss() -> tuple[PerSample, Tensor]:  # on the batch of the moment
-        outputs = model(split.x[batch])
-        losses = F.cross_entropy(outputs, split.labels[batch], reduction="none")
-        penalty = s.penalty * sum(p.square().sum() for p in model.parameters())
-        return PerSample(losses, weights.phi[batch].sigmoid(), penalty), outputs
-
+def train(method: str, seed: int, s: Settings) -> tuple[Row, list[Row]]:
+    """One run: what it came to, and its curve. Of methods without a strategy φ stays."""
+    torch.manual_seed(seed)  # a strategy takes its seed from here when it is made
+    task = make_task(method, seed, s)
     # The bilevel lines: wrap both optimizers, then inner_step and outer_step.
-    inner = torch.optim.SGD(model.parameters(), lr=s.inner_lr)
-    outer = torch.optim.Adam(weights.parameters(), lr=s.outer_lr)
-    ihvp, curvature = (make() for make in strategy)
-    optimizer = BilevelOptimizer(inner, outer, ihvp=ihvp, curvature=curvature)
-
-    checkpoint = Checkpoint(
-        file, model=model, weights=weights, optimizer=optimizer, batches=Stream(batches)
+    optimizer = BilevelOptimizer(
+        torch.optim.SGD(task.model.parameters(), lr=s.inner_lr),
+        torch.optim.Adam([task.learned], lr=s.outer_lr),
+        **strategy(method, s),
     )
-    run, done = resumed(checkpoint, s)
-    every = max(1, s.outer_steps // s.evaluations)
-    clock = time.process_time() - run.seconds
-    for step in tqdm(range(done, s.outer_steps), desc=name, initial=done, total=s.outer_steps):
+    still = method not in get_args(Method)
+    steps = 1 if still and s.task == "distillation" else s.outer_steps
+    curve, products, seconds = [], 0, 0.0
+    for step in tqdm(range(1, steps + 1), method, leave=False):
+        began = time.process_time()
+        task.begin()
         for _ in range(s.inner_steps):
-            batch = torch.randint(len(split.labels), (s.batch,), generator=batches)
-            optimizer.inner_step(train_loss)
-        if name != "none":
-            optimizer.outer_step(F.cross_entropy(model(split.clean_x), split.clean_y))
-            run.products += optimizer.report.matvecs
-        if (step + 1) % every == 0 or step + 1 == s.outer_steps:
-            run.steps.append(step + 1)
-            run.loss.append(measure(model, split.clean_x, split.clean_y)[0])
-            run.accuracy.append(measure(model, split.test_x, split.test_y)[1])
-            run.seconds = time.process_time() - clock
-            checkpoint.save(step + 1, run=dataclasses.asdict(run), settings=signature(s))
-    return run, weights.phi.detach().sigmoid()
+            task.next_batch()
+            optimizer.inner_step(task.train_loss)
+        if not still:
+            optimizer.outer_step(task.val_loss())
+            products += optimizer.report.matvecs
+        seconds += time.process_time() - began
+        if step % max(1, steps // s.evaluations) == 0 or step == steps:
+            loss, accuracy = measure(task.model, *task.val)[0], measure(task.model, *task.test)[1]
+            point = {"outer_loss": loss, "accuracy": accuracy}
+            curve.append({"step": step, "cpu_s": seconds} | point)
+    return point | {"products": products, "cpu_s": seconds}, curve
 
 
-def run_cleaning(s: Settings) -> dict[str, Run]:
-    split, width = cleaning_split(s)
-    print(
-        f"{s.data}: {len(split.labels)} training images, {s.noise:.0%} labelled wrong, "
-        f"{len(split.clean_y)} clean and {len(split.test_y)} test images"
-    )
-    runs, found = {}, []
-    for name, file in checkpoint_files("nhgd_cleaning", ("none", *s.methods), s).items():
-        strategy = strategies(s)["identity" if name == "none" else name]
-        runs[name], weights = clean(name, strategy, split, width, s, file)
-        right, wrong = weights[~split.wrong].mean(), weights[split.wrong].mean()
-        found.append(f"{name} {right:.2f} / {wrong:.2f}")
-    print("\nMean weight of correct / wrong labels: " + ", ".join(found[1:]))
-    return runs
-
-
-def run_distillation(s: Settings) -> dict[str, Run]:
-    inherited = {f.name for f in dataclasses.fields(DistillationSettings)} - {"strategies"}
-    given = {k: v for k, v in dataclasses.asdict(s).items() if k in inherited}
-    settings = DistillationSettings(**given, outer_batch=s.batch)
-    train, test = standardised(settings, s.seed)
-    print(f"{train.name}: {len(train.y)} training and {len(test.y)} test images")
-    runs = {}
-    files = checkpoint_files("nhgd_distillation", (*BASELINES, *s.methods), s)
-    for name, file in files.items():
-        ihvp, curvature = strategies(s)["identity" if name in BASELINES else name]
-
-        def make() -> ImplicitDifferentiation:
-            return ImplicitDifferentiation(ihvp(), curvature())  # noqa: B023
-
-        runs[name], _ = distil(name, make, softmax_regression, train, test, settings, s.seed, file)
-    return runs
-
-
-def draw(runs: dict[str, Run], s: Settings) -> None:
+def draw(s: Settings, log: RunLog) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    for axis, part in zip(axes, ("loss", "accuracy"), strict=True):
-        for name, run in runs.items():
-            values = getattr(run, part)
-            if len(values) == 1:
-                axis.axhline(values[0], color="black", lw=1, ls=":", label=name)
+    for axis, part in zip(axes, ("outer_loss", "accuracy"), strict=True):
+        curves = log.curves("step", part, task=s.task)
+        for i, (method, points) in enumerate(curves.items()):
+            if len(points) == 1:
+                style = {"random": ":", "real": "--"}[method]
+                axis.axhline(points[0][1], color="black", lw=1, ls=style, label=method)
             else:
-                axis.plot(run.steps, values, label=name, color="black" if name == "none" else None)
+                colour = "black" if method == "none" else f"C{i}"
+                axis.plot(
+                    *zip(*points, strict=True), ["-", "--", ":"][i % 3], label=method, color=colour
+                )
         axis.set(xlabel="outer steps")
         axis.grid(alpha=0.3)
     axes[0].set(ylabel="outer (validation) loss", yscale="log")
@@ -274,14 +200,30 @@ def main(s: Settings) -> None:
     if s.paper and s.data == "digits":
         raise SystemExit("--paper needs --data mnist (or fashion) and --data-root PATH.")
     s = dataclasses.replace(s, **PAPER) if s.paper else s
-    runs = run_cleaning(s) if s.task == "cleaning" else run_distillation(s)
-    baselines = BASELINES if s.task == "distillation" else {"none": "no cleaning"}
-    published = PUBLISHED[s.task]
-    rows = [run.row(baselines.get(n, n), published.get(n, "")) for n, run in runs.items()]
-    print_table(HEADER, rows)
-    print(REMARK[s.task])
-    save_rows(s.out / f"nhgd_{s.task}.csv", HEADER, rows)
-    draw(runs, s)
+    log = RunLog(s.out, f"nhgd_{s.task}", s.resume)
+    baselines = ("none",) if s.task == "cleaning" else ("random", "real")
+    for seed in s.seeds:
+        for method in (*baselines, *s.methods):
+            factors = {"task": s.task, "data": s.data, "method": method, "seed": seed}
+            factors |= {"train": s.train, "outer_steps": s.outer_steps}
+            if log.has(factors):
+                continue
+            results, curve = train(method, seed, s)
+            log.add(factors, results, curve)
+            if method == "none":
+                best = min(curve, key=lambda point: point["outer_loss"])
+                stopped = {k: best[k] for k in ("outer_loss", "accuracy", "cpu_s")}
+                log.add(factors | {"method": "none, stopped"}, stopped | {"products": 0})
+    columns = {
+        "outer loss": ("outer_loss", ".4f"),
+        "test accuracy": ("accuracy", ".4f"),
+        "products": ("products", ".0f"),
+        "CPU s": ("cpu_s", ".1f"),
+    }
+    print(f"{s.data}, {s.train} training images, {s.outer_steps} outer steps")
+    log.show(("method",), columns, task=s.task)
+    print(f"Published for NHGD: {PUBLISHED[s.task]}.")
+    draw(s, log)
 
 
 if __name__ == "__main__":

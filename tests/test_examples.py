@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data"
 
 SMALL = {
+    "cg_defects": ["--seeds", "0", "--outer-steps", "1"],
     "data_reweighting": [
         *("--steps", "20", "--imbalance", "50", "--strategies", "default", "nystrom"),
     ],
@@ -30,7 +31,9 @@ SMALL = {
     "imaml_at_prior": [
         *("--inner-steps", "5", "--lams", "2", "--tasks", "1", "--channels", "8"),
     ],
-    "lancbio": ["--steps", "5", "--size", "60"],
+    "lancbio_cleaning": ["--steps", "5", "--train", "200", "--noise", "0.5"],
+    "lancbio_synthetic": ["--steps", "5", "--size", "60"],
+    "lancbio_text": ["--steps", "5", "--seeds", "0"],
     "learn_learning_rate": ["--steps", "20", "--grid-lr", "0.001", "--grid-decay", "1e-4"],
     "nhgd": ["--outer-steps", "5"],
     "first_loop": [],

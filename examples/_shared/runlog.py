@@ -1,0 +1,105 @@
+"""Results as they come: one row for each finished run, and the points of its curve."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Sequence
+from math import sqrt
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from scipy.stats import t as student
+
+from .output import print_table
+
+Row = dict[str, Any]
+
+
+class RunLog:
+    """Finished runs in ``<name>.csv``, and points of their curves in ``<name>_curves.csv``.
+
+    A run is known by its factors (method, seed, size, ...). With ``resume`` those in the file are
+    not done again, so a stopped command goes on, and a finished one only prints and draws.
+    """
+
+    def __init__(self, folder: Path, name: str, resume: bool) -> None:
+        self.paths = (folder / f"{name}.csv", folder / f"{name}_curves.csv")
+        self.runs, self.points = (_read(path) if resume else [] for path in self.paths)
+
+    def has(self, factors: Row) -> bool:
+        return any(_agree(run, factors) for run in self.runs)
+
+    def add(self, factors: Row, results: Row, curve: Iterable[Row] = ()) -> None:
+        """Keeps a finished run, and writes the files."""
+        self.runs.append({k: _rounded(v) for k, v in (factors | results).items()})
+        self.points += [{k: _rounded(v) for k, v in (factors | p).items()} for p in curve]
+        for path, rows in zip(self.paths, (self.runs, self.points), strict=True):
+            if rows:
+                _write(path, rows)
+
+    def select(self, **where: Any) -> list[Row]:
+        """The runs with these values in these columns."""
+        return [run for run in self.runs if _agree(run, where)]
+
+    def curves(self, x: str, y: str, **where: Any) -> dict[str, list[tuple[float, float]]]:
+        """method -> (x, y), means over the seeds at each point of the curve."""
+        found: dict[str, dict[str, list[Row]]] = {}
+        for point in self.points:
+            if _agree(point, where) and point.get(y, "") != "":
+                found.setdefault(point["method"], {}).setdefault(point["step"], []).append(point)
+        return {
+            method: [tuple(mean(float(p[c]) for p in same) for c in (x, y)) for same in at.values()]
+            for method, at in found.items()
+        }
+
+    def show(self, by: Sequence[str], columns: dict[str, tuple[str, str]], **where: Any) -> None:
+        """Prints mean ± 95% interval for each group of seeds; columns: title -> column, format."""
+        groups: dict[tuple[str, ...], list[Row]] = {}
+        for run in self.select(**where):
+            groups.setdefault(tuple(str(run[c]) for c in by), []).append(run)
+        rows = [
+            [" ".join(group), *(_cell(runs, *column) for column in columns.values())]
+            for group, runs in groups.items()
+        ]
+        print_table([", ".join(by), *columns], rows)
+
+
+def interval(values: Sequence[float]) -> float:
+    """Half the width of the 95% interval of the mean, by Student's t; needs two values."""
+    n = len(values)
+    return float(student.ppf(0.975, n - 1)) * stdev(values) / sqrt(n)
+
+
+def _cell(runs: Sequence[Row], column: str, form: str) -> str:
+    values = [float(run[column]) for run in runs if run.get(column, "") != ""]
+    if not values:
+        return ""
+    spread = f" ± {interval(values):{form}}" if len(values) > 1 else ""
+    return f"{mean(values):{form}}{spread}"
+
+
+def _rounded(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _agree(row: Row, factors: Row) -> bool:
+    return all(row.get(name) == _rounded(value) for name, value in factors.items())
+
+
+def _read(path: Path) -> list[Row]:
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _write(path: Path, rows: Sequence[Row]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
