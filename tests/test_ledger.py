@@ -99,3 +99,9 @@ def test_an_unknown_row_is_said(docs):
     spec = {"file": "cleaning", "column": "accuracy", "format": "", "where": {"method": "none"}}
     with pytest.raises(SystemExit, match="no row"):
         ledger.number(spec)
+
+
+@pytest.mark.parametrize("page", ledger.pages(), ids=lambda page: page.name)
+def test_the_documentation_says_what_its_files_say(page):
+    assert page.read_text() == ledger.rewritten(page)
+    assert ledger.without_file(page) == []
