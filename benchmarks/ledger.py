@@ -126,13 +126,13 @@ def number(spec: Mapping[str, Any]) -> str:
     A mean over runs; with "less" the mean of differences, paired by "pair"; or with "find" what a
     pattern finds in an output.
     """
-    label = spec.get("label", "")
+    label = spec["label"]
     if "find" in spec:
         text = (RESULTS / spec["file"]).read_text()
         found = re.search(spec["find"], text, re.MULTILINE)
         if found is None:
             raise SystemExit(f"{spec['file']} has no {spec['find']!r}")
-        return " ".join([label, *found.groups()]).strip()
+        return f"{label}: {' '.join(found.groups())}"
     name, column, form = spec["file"], spec["column"], spec["format"]
     own = chosen(rows(name), spec["where"])
     if not own:
@@ -142,7 +142,7 @@ def number(spec: Mapping[str, Any]) -> str:
         pair = spec.get("pair", "seed")
         other = {row[pair]: float(row[column]) for row in chosen(rows(name), spec["less"])}
         values = [float(row[column]) - other[row[pair]] for row in own]
-    return f"{label} {shown(values, form)}".strip()
+    return f"{label}: {shown(values, form)}"
 
 
 def ledger() -> list[str]:

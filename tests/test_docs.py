@@ -15,6 +15,7 @@ import pytest
 
 import hyperopt_torch
 from benchmarks import lines
+from benchmarks.ledger import interval
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -75,6 +76,35 @@ def test_readme_has_the_measured_accuracies():
     }:
         found = mean(float(run["accuracy"]) for run in runs if run["method"] == method)
         assert f"{found:.3f}".lstrip("0") in text, method
+
+
+def test_readme_has_the_numbers_of_the_main_job():
+    with open(ROOT / "docs/results/hyper_cleaning.csv", newline="") as file:
+        runs = {(run["method"], run["seed"]): run for run in csv.DictReader(file)}
+    text = (ROOT / "README.md").read_text()
+    seeds = sorted({seed for _, seed in runs})
+    assert " ".join(seeds) in text
+
+    def told(value: float, digits: int = 3) -> None:
+        assert f"{value:.{digits}f}".removeprefix("0") in text, value
+
+    def accuracies(method: str) -> list[float]:
+        return [float(runs[method, seed]["test_accuracy"]) for seed in seeds]
+
+    for method in (
+        *("no cleaning", "clean alone", "cleaning", "oracle", "stopped early"),
+        *("largest losses dropped", "stopped early, tuned on clean"),
+    ):
+        told(mean(accuracies(method)))
+    for column in ("precision", "recall"):
+        told(mean(float(runs["cleaning", seed][column]) for seed in seeds), 2)
+    for better, worse in (
+        ("cleaning", "stopped early, tuned on clean"),
+        ("loss correction", "cleaning"),
+    ):
+        gains = [a - b for a, b in zip(accuracies(better), accuracies(worse), strict=True)]
+        told(mean(gains))
+        told(interval(gains) or 0.0)
 
 
 @pytest.mark.slow

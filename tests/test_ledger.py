@@ -57,7 +57,7 @@ def test_a_table_has_means_and_intervals_by_students_t(docs):
 
 
 def test_a_claim_pairs_its_differences_by_seed(docs):
-    assert "gain 0.100 ± 0.025" in ledger.ledger()[2]  # .11, .09, .10, whatever their order
+    assert "gain: 0.100 ± 0.025" in ledger.ledger()[2]  # .11, .09, .10, whatever their order
 
 
 def test_pages_are_written_and_then_agree(docs, monkeypatch):
@@ -90,13 +90,19 @@ def test_blocks_name_a_file_that_has_them(docs):
 def test_a_number_is_found_in_an_output(docs):
     (docs / "results" / "run.txt").write_text("a 1\n  b   2.5 x\n")
     spec = {"file": "run.txt", "find": r"^ *b +(\S+)", "label": "b"}
-    assert ledger.number(spec) == "b 2.5"
+    assert ledger.number(spec) == "b: 2.5"
     with pytest.raises(SystemExit, match="has no"):
         ledger.number(spec | {"find": "c (.)"})
 
 
 def test_an_unknown_row_is_said(docs):
-    spec = {"file": "cleaning", "column": "accuracy", "format": "", "where": {"method": "none"}}
+    spec = {
+        "file": "cleaning",
+        "column": "accuracy",
+        "format": "",
+        "where": {"method": "none"},
+        "label": "",
+    }
     with pytest.raises(SystemExit, match="no row"):
         ledger.number(spec)
 
