@@ -30,6 +30,7 @@ from typing import Any, Literal
 import matplotlib.pyplot as plt
 import torch
 import tyro
+from _shared.betty import BettyCG
 from _shared.data import Source
 from _shared.distillation import (
     BASELINES,
@@ -62,32 +63,6 @@ from hyperopt_torch import (
     RecycledCG,
     Unrolled,
 )
-from hyperopt_torch.operators import LinearOperator
-
-
-class BettyCG(IHVP):
-    """A faithful defect: "conjugate gradients" as betty 0.1.1 had them. Do not use it.
-
-    The published .17 of table 2 was obtained with this. Conjugate gradients make the new direction
-    from the new residual, and take the same step in x and in the residual. Here the direction is
-    made from the OLD residual, and the residual lacks the factor ``scale`` that x has: with .01 it
-    moves a hundred times too far. Both are kept as they were; NaN stays NaN.
-    """
-
-    def __init__(self, max_iter: int = 10, *, scale: float = 0.01) -> None:
-        super().__init__()
-        self.max_iter, self.scale = max_iter, scale
-
-    def solve(self, operator: LinearOperator, rhs: Tensor) -> Tensor:
-        x, r, p = torch.zeros_like(rhs), rhs, rhs
-        for _ in range(self.max_iter):
-            Hp, rr = operator @ p, operator.inner(r, r)
-            step = rr / (self.scale * operator.inner(p, Hp))
-            x = x + step * p
-            new_r = r - step * Hp  # defect: self.scale * step * Hp would be right
-            p = r + operator.inner(new_r, new_r) / rr * p  # defect: new_r + ... would be right
-            r = new_r
-        return self.scale * x
 
 
 def implicit(ihvp: IHVP, curvature: Curvature | None = None) -> ImplicitDifferentiation:
@@ -103,7 +78,7 @@ ESTIMATORS: dict[str, Callable[[], HypergradientEstimator | None]] = {
     "nystrom-pcg": lambda: implicit(NystromPCG(rank=10, damping=0.01)),
     "nystrom": lambda: implicit(Nystrom(rank=10, damping=0.01), Hessian()),
     "neumann": lambda: implicit(Neumann(10, scale=0.01), Hessian()),
-    "cg-betty": lambda: implicit(BettyCG(10, scale=0.01), Hessian()),
+    "cg-betty": lambda: implicit(BettyCG(0.01, max_iter=10), Hessian()),
     "identity": lambda: implicit(Identity(), Hessian()),
 }
 TUNED = {"real, best rate": 1, "real, best rate, long": LONG}  # times the inner steps

@@ -30,12 +30,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 import tyro
 from _shared.data import Source, load_train_test, noisy_split
-from _shared.output import save_figure
 from _shared.runlog import RunLog
 from _shared.single_loop import METHODS, Method, Scale, run
 from torch import Tensor, nn
@@ -201,26 +199,9 @@ def experiment(s: Settings, log: RunLog, noise: float, seed: int) -> None:
 
 
 def draw(s: Settings, log: RunLog) -> None:
-    """The first noise: residual and validation loss, against products and CPU seconds."""
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), sharey="row", layout="constrained")
-    colours = plt.get_cmap("tab20").colors
-    for row, y in enumerate(("residual", "validation_loss")):
-        for column, x in enumerate(("products", "cpu_s")):
-            curves = log.curves(x, y, data=s.data, noise=s.noise[0])
-            for i, (method, points) in enumerate(curves.items()):
-                style = "--" if i % 2 else "-"
-                axes[row, column].plot(
-                    *zip(*points, strict=True), style, color=colours[i], label=method
-                )
-            axes[row, column].set(yscale="log", xscale="log")
-            axes[row, column].grid(alpha=0.3)
-    axes[0, 0].set_ylabel("||Av - b||")
-    axes[1, 0].set(ylabel="validation loss", xlabel="products")
-    axes[1, 1].set(xlabel="CPU seconds")
-    handles, names = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside right upper", frameon=False)
-    figure.suptitle(f"{s.data}, {s.noise[0]:.0%} of the labels wrong, mean of the seeds")
-    save_figure(figure, s.out / "lancbio_cleaning.png")
+    title = f"{s.data}, {s.noise[0]:.0%} of the labels wrong"
+    labels = {"residual": "||Av - b||", "validation_loss": "validation loss"}
+    log.draw("lancbio_cleaning", labels, title, data=s.data, noise=s.noise[0])
 
 
 def main(s: Settings) -> None:

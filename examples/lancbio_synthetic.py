@@ -24,10 +24,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
 import tyro
-from _shared.output import save_figure
 from _shared.runlog import RunLog
 from _shared.single_loop import METHODS, Method, Scale, run
 from torch import Tensor, nn
@@ -109,27 +107,9 @@ def measure(problem: Synthetic) -> dict[str, float]:
 
 
 def draw(s: Settings, log: RunLog) -> None:
-    """Residual and true hypergradient, against products and CPU seconds."""
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), sharey="row", layout="constrained")
-    colours = plt.get_cmap("tab20").colors
-    for row, y in enumerate(("residual", "hypergradient_norm")):
-        for column, x in enumerate(("products", "cpu_s")):
-            for i, (method, points) in enumerate(
-                log.curves(x, y, size=s.size, outer_lr=s.outer_lr).items()
-            ):
-                style = "--" if i % 2 else "-"
-                axes[row, column].plot(
-                    *zip(*points, strict=True), style, color=colours[i], label=method
-                )
-            axes[row, column].set(yscale="log", xscale="log")
-            axes[row, column].grid(alpha=0.3)
-    axes[0, 0].set_ylabel("||Av - b||")
-    axes[1, 0].set(ylabel="true hypergradient's norm", xlabel="products")
-    axes[1, 1].set(xlabel="CPU seconds")
-    handles, names = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside right upper", frameon=False)
-    figure.suptitle(f"n = {s.size}, outer rate {s.outer_lr:g}, mean of the seeds")
-    save_figure(figure, s.out / "lancbio_synthetic.png")
+    title = f"n = {s.size}, outer rate {s.outer_lr:g}"
+    labels = {"residual": "||Av - b||", "hypergradient_norm": "true hypergradient's norm"}
+    log.draw("lancbio_synthetic", labels, title, size=s.size, outer_lr=s.outer_lr)
 
 
 def main(s: Settings) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from processes import join, refusal
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -93,20 +94,8 @@ def run(settings: dict, rank: int, world: int, wrapped: bool = True, **options) 
     return torch.cat([state, torch.tensor([float(messages), float(bo.report.matvecs)])])
 
 
-def refusal(make) -> str:
-    try:
-        make()
-    except RuntimeError as error:
-        return str(error)
-    return ""
-
-
 def worker(rank: int, world: int, folder: str) -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world
-    )
+    join(rank, world, folder)
     found: dict = {}
     for name, make in STRATEGIES.items():
         torch.manual_seed(7 + rank)  # a seed for each process: the strategies must agree on one
@@ -164,14 +153,7 @@ def test_a_group_without_processes_is_refused():
 
 def failing_worker(rank: int, world: int, folder: str) -> None:
     """The first process waits for the second, whose closure raises in the outer step."""
-    warnings.simplefilter("ignore")
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=3),
-    )
+    join(rank, world, folder, timeout=timedelta(seconds=3))
     torch.manual_seed(0)
     net = nn.Linear(3, 1)
     model = DistributedDataParallel(net)

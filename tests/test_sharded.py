@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from processes import join, refusal
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -116,20 +117,8 @@ class Run:
         return 0.0 if group is None else float(group.messages)
 
 
-def refusal(make) -> str:
-    try:
-        make()
-    except RuntimeError as error:
-        return str(error)
-    return ""
-
-
 def worker(rank: int, world: int, folder: str) -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world
-    )
+    join(rank, world, folder)
     found: dict = {"messages": {}}
     for name, make in chosen(world).items():
         torch.manual_seed(7 + rank)  # a seed for each process: the strategies must agree on one

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable, Sequence
-from math import sqrt
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
-from scipy.stats import t as student
+import matplotlib.pyplot as plt
 
-from .output import print_table
+from .intervals import shown
+from .output import print_table, save_figure
 
 Row = dict[str, Any]
 
@@ -53,6 +53,25 @@ class RunLog:
             for method, at in found.items()
         }
 
+    def draw(self, name: str, y: dict[str, str], title: str, **where: Any) -> None:
+        """Two columns of y, with their labels, against products and CPU seconds; ``name.png``."""
+        figure, axes = plt.subplots(2, 2, figsize=(11, 7), sharey="row", layout="constrained")
+        colours = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
+        for row, (column, label) in enumerate(y.items()):
+            for axis, x in zip(axes[row], ("products", "cpu_s"), strict=True):
+                for i, (method, points) in enumerate(self.curves(x, column, **where).items()):
+                    style = "--" if i % 2 else "-"
+                    axis.plot(*zip(*points, strict=True), style, color=colours[i], label=method)
+                axis.set(yscale="log", xscale="log")
+                axis.grid(alpha=0.3)
+            axes[row, 0].set_ylabel(label)
+        axes[1, 0].set_xlabel("products")
+        axes[1, 1].set_xlabel("CPU seconds")
+        handles, names = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside right upper", frameon=False)
+        figure.suptitle(f"{title}, mean of the seeds")
+        save_figure(figure, self.paths[0].with_name(f"{name}.png"))
+
     def show(self, by: Sequence[str], columns: dict[str, tuple[str, str]], **where: Any) -> None:
         """Prints mean ± 95% interval for each group of seeds; columns: title -> column, format."""
         groups: dict[tuple[str, ...], list[Row]] = {}
@@ -65,18 +84,9 @@ class RunLog:
         print_table([", ".join(by), *columns], rows)
 
 
-def interval(values: Sequence[float]) -> float:
-    """Half the width of the 95% interval of the mean, by Student's t; needs two values."""
-    n = len(values)
-    return float(student.ppf(0.975, n - 1)) * stdev(values) / sqrt(n)
-
-
 def _cell(runs: Sequence[Row], column: str, form: str) -> str:
     values = [float(run[column]) for run in runs if run.get(column, "") != ""]
-    if not values:
-        return ""
-    spread = f" ± {interval(values):{form}}" if len(values) > 1 else ""
-    return f"{mean(values):{form}}{spread}"
+    return shown(values, form) if values else ""
 
 
 def _rounded(value: Any) -> str:

@@ -17,9 +17,10 @@ from ..ihvp import IHVP, Solution
 from ..ihvp.base import InnerStep
 from ..inner_optimizer import Prober
 from ..operators import LinearOperator, Shifted
-from ..recording import Evaluation, InnerObjective, Record, sample_rows
+from ..recording import Evaluation, InnerObjective, Record
 from ..report import SelfCheck, SolveReport
 from ._function import InnerFunction, PlainFunction
+from ._inner_steps import inner_step_of, joined
 from ._moving import Moving, moving
 from ._self_check import self_check
 from .base import BilevelProblem, HypergradientEstimator, all_facts, combined
@@ -91,28 +92,7 @@ class ImplicitDifferentiation(HypergradientEstimator):
     def before_backward(self, problem: BilevelProblem, evaluation: Evaluation) -> None:
         if not self.ihvp.observes:
             return
-        parameters, losses = problem.inner_parameters, evaluation.per_sample
-        layout, size, start = FlatLayout(parameters), evaluation.batch_size, 0
-        if problem.group is not None and size is not None:
-            start, size = problem.group.places(size, layout.device)
-        chosen = [] if losses is None or size is None else self.ihvp.samples_wanted(size)
-        weights = None if evaluation.weights is None else evaluation.weights.detach()
-        rows = None
-        if losses is not None and chosen:
-            own = [sample - start for sample in chosen if 0 <= sample - start < len(losses)]
-            rows = torch.zeros(0, layout.n, dtype=layout.dtype, device=layout.device)
-            rows = sample_rows(evaluation, parameters, layout, own) if own else rows
-        if problem.group is not None and losses is not None and size is not None:
-            weights, rows = _of_all(problem.group, weights, rows, (start, size), chosen)
-        self._rows.append(
-            InnerStep(
-                parameters[0].new_zeros(0),
-                batch_size=size,
-                weights=weights,
-                chosen=chosen,
-                chosen_rows=rows,
-            )
-        )
+        self._rows.append(inner_step_of(problem, evaluation, self.ihvp.samples_wanted))
 
     def observe(self, problem: BilevelProblem, records: Sequence[Record]) -> None:
         parts, self._rows = self._rows, []
@@ -121,7 +101,7 @@ class ImplicitDifferentiation(HypergradientEstimator):
         parameters = problem.inner_parameters
         gradient = FlatLayout(parameters).flatten([p.grad for p in parameters])
         with torch.no_grad():
-            self.ihvp.observe(_joined(gradient, parts))
+            self.ihvp.observe(joined(gradient, parts))
 
     def skipped(self, problem: BilevelProblem, records: Sequence[Record]) -> None:
         self.observe(problem, records)  # a strategy leaves out what is not finite
@@ -297,54 +277,6 @@ def _mean_check(group: Group, check: SelfCheck, like: Tensor) -> SelfCheck:
     names = [n for n in ("product", "cross", "kink") if getattr(check, n) is not None]
     numbers = like.new_tensor([getattr(check, n) for n in names])
     return check._replace(**dict(zip(names, group.mean([numbers])[0].tolist(), strict=True)))
-
-
-def _of_all(
-    group: Group,
-    weights: Tensor | None,
-    rows: Tensor | None,
-    place: tuple[int, int],
-    chosen: Sequence[int],
-) -> tuple[Tensor | None, Tensor | None]:
-    """Weights and rows of the samples of all processes, from ours; ``place`` is (start, total)."""
-    start, total = place
-    found: list[Tensor] = []
-    if weights is not None:
-        every = weights.new_zeros(total)
-        every[start : start + len(weights)] = weights
-        found.append(every)
-    if rows is not None:
-        first = sum(sample < start for sample in chosen)
-        wanted = rows.new_zeros(len(chosen), rows.shape[1])
-        wanted[first : first + len(rows)] = rows
-        found.append(wanted)
-    summed = iter(group.sums(found))
-    return (
-        None if weights is None else next(summed),
-        None if rows is None else next(summed),
-    )
-
-
-def _joined(gradient: Tensor, parts: Sequence[InnerStep]) -> InnerStep:
-    """One inner step of its micro-batches; samples are numbered through."""
-    if len(parts) == 1:
-        return replace(parts[0], gradient=gradient)
-    sizes = [part.batch_size for part in parts]
-    told = [size for size in sizes if size is not None]
-    whole = sum(told) if told and len(told) == len(parts) else None
-    weights = [part.weights for part in parts if part.weights is not None]
-    rows = [part.chosen_rows for part in parts if part.chosen_rows is not None]
-    starts = [sum(told[:i]) for i in range(len(parts))] if whole is not None else []
-    chosen = [
-        start + sample for start, part in zip(starts, parts, strict=False) for sample in part.chosen
-    ]
-    return InnerStep(
-        gradient,
-        batch_size=whole,
-        weights=torch.cat(weights) if weights and len(weights) == len(parts) else None,
-        chosen=chosen,
-        chosen_rows=torch.cat(rows) if rows and len(chosen) == sum(map(len, rows)) else None,
-    )
 
 
 def _as_vector(decay: Sequence[float], layout: FlatLayout) -> Tensor | None:
