@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from processes import join, refusal
+from processes import join, refusal, together
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -123,8 +123,7 @@ def alone() -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_processes_give_what_one_gives_on_all_data(world, alone, tmp_path: Path):
-    torch.multiprocessing.spawn(worker, (world, str(tmp_path)), world)
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world)]
+    ranks = together(worker, world, tmp_path)
     for name, expected in alone.items():
         for found in ranks:
             assert torch.equal(found[name], ranks[0][name]), f"{name}: processes differ"
@@ -178,7 +177,6 @@ def failing_worker(rank: int, world: int, folder: str) -> None:
 
 
 def test_a_process_that_raises_ends_the_others_within_the_timeout(tmp_path: Path):
-    torch.multiprocessing.spawn(failing_worker, (2, str(tmp_path)), 2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    first, second = together(failing_worker, 2, tmp_path, seconds=120)
     assert second["kind"] == "ZeroDivisionError"
     assert first["kind"] != "ZeroDivisionError"

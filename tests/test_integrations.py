@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from processes import together
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -250,27 +251,33 @@ def test_lightning_accumulates(ready, monkeypatch):
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-7)
 
 
-def worker(rank: int, folder: str) -> None:
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def worker(rank: int, world: int, folder: str) -> None:
     """One of two processes, as torchrun would start it."""
     sys.path.insert(0, str(FOLDER))
-    address = {"MASTER_ADDR": "localhost", "MASTER_PORT": Path(folder, "port").read_text()}
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", **address}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "localhost"}
+    # A port for each program: on one, a process that is ahead meets the store of the first again.
+    first, second = Path(folder, "ports").read_text().split()
     torch.set_num_threads(1)
     importlib.import_module("_digits").network.__defaults__ = (3,)
     hyperopt_torch.BilevelOptimizer = Spy  # type: ignore[misc]
     Spy.forced = {"ihvp": DenseSolve(DAMPING), "on_trouble": "ignore"}
+    os.environ["MASTER_PORT"] = first
     ours = run(source("torchrun_loop"), {"epochs": 1})
+    os.environ["MASTER_PORT"] = second
     theirs = run(plain(source("torchrun_loop")), {"epochs": 1})
     torch.save((ours, theirs, Spy.made.pairs), Path(folder, f"{rank}.pt"))
 
 
 @pytest.mark.slow
 def test_two_processes_are_the_union(tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        (tmp_path / "port").write_text(str(free.getsockname()[1]))
-    torch.multiprocessing.spawn(worker, (str(tmp_path),), 2)
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    (tmp_path / "ports").write_text(f"{free_port()} {free_port()}")
+    found = together(worker, 2, tmp_path)
     for ours, theirs, pairs in found:
         assert all(map(torch.equal, ours, theirs))
         for hypergradient, expected in pairs:

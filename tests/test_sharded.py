@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from processes import join, refusal
+from processes import join, refusal, together
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -236,8 +236,7 @@ def alone() -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_shards_give_what_one_process_gives_on_all_data(world, alone, tmp_path: Path):
-    torch.multiprocessing.spawn(worker, (world, str(tmp_path)), world)
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world)]
+    ranks = together(worker, world, tmp_path)
     for name, expected in alone.items():
         if name in STRATEGIES and name not in chosen(world):
             continue
