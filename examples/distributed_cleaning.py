@@ -89,9 +89,10 @@ def main(settings: Settings) -> None:
         print(f"weight of the right labels   {weight[~wrong].mean():.3f}")
         print(f"sum of all weights           {weight.double().sum():.6f}")
         print(f"seconds                      {time.perf_counter() - start:.1f}")
-    if several:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(tyro.cli(Settings))
+    # Not in main: a DDP module that outlives its group can hang while it is freed (torch 2.13).
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -269,8 +269,10 @@ def worker(rank: int, world: int, folder: str) -> None:
     Spy.forced = {"ihvp": DenseSolve(DAMPING), "on_trouble": "ignore"}
     os.environ["MASTER_PORT"] = first
     ours = run(source("torchrun_loop"), {"epochs": 1})
+    dist.destroy_process_group()
     os.environ["MASTER_PORT"] = second
     theirs = run(plain(source("torchrun_loop")), {"epochs": 1})
+    dist.destroy_process_group()
     torch.save((ours, theirs, Spy.made.pairs), Path(folder, f"{rank}.pt"))
 
 

@@ -59,9 +59,10 @@ def main(epochs: int = 30) -> nn.Module:
             history.append(bilevel.outer_step(mean_loss(net, val)))  # bilevel
     if rank == 0:
         print_result(plain_net, digits, history)
-    dist.destroy_process_group()
     return plain_net
 
 
 if __name__ == "__main__":
     tyro.cli(main)
+    # Not in main: a DDP module that outlives its group can hang while it is freed (torch 2.13).
+    dist.destroy_process_group()
