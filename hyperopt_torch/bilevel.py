@@ -3,55 +3,38 @@
 from __future__ import annotations
 
 import copy
-import threading
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ._checked import check_optimizers, checked_state
 from ._default import default_estimator
-from ._graph import graph_nodes, short_way_is_safe, without_parameter_hooks
+from ._graph import without_parameter_hooks
+from ._inner_level import InnerLevel, now
+from ._judged import judged
 from ._room import explained_shortage, shortage
-from ._tensors import FlatLayout, inner_product, is_sharded
+from ._tensors import FlatLayout, is_sharded
 from .curvature import Curvature
-from .distributed import Group, group_of, joined, packed, unpacked
+from .distributed import Processes, joined, packed, unpacked
 from .errors import HypergradientError, HypergradientWarning, check_choice, check_number
 from .estimators import BilevelProblem, HypergradientEstimator, ImplicitDifferentiation
-from .estimators._moving import hook_zeros
-from .estimators._trajectory import TrajectoryEstimator
 from .estimators.base import all_facts
 from .ihvp import IHVP
-from .inner_optimizer import (
-    Prober,
-    StepHook,
-    born_state,
-    learned,
-    needs_closure,
-    parameters_of,
-    plain,
-    relink,
-    unwrapped,
-)
-from .recording import (
-    OUTSIDE,
-    Evaluation,
-    InnerObjective,
-    Record,
-    Recorder,
-    TrainLoss,
-    evaluate,
-    older,
-    reaches,
-    sequence_number,
-    settled,
-)
+from .inner_optimizer import Prober, born_state, parameters_of, relink, unwrapped
+from .recording import InnerObjective, TrainLoss, settled
 from .report import SolveReport, Trouble
+
+_LATE = Trouble(
+    "late_gradient_change",
+    "the gradients were changed after inner_step, which has stepped already: clipping there has "
+    "no effect. Use loss = bilevel.record(closure) and keep the loop's own backward, clipping and "
+    "step",
+)
 
 
 class BilevelOptimizer:
@@ -119,7 +102,7 @@ class BilevelOptimizer:
     ) -> None:
         several = isinstance(inner, (list, tuple))
         steppers: list[Optimizer] = list(inner) if several else [inner]  # type: ignore[list-item, arg-type]
-        _check_optimizers(steppers, outer)
+        check_optimizers(steppers, outer)
         if estimator is not None and (ihvp is not None or curvature is not None):
             raise ValueError(
                 "Give either estimator, or ihvp (and curvature), which is short for "
@@ -150,34 +133,24 @@ class BilevelOptimizer:
         self._said: set[str] = set()
         self._listeners: list[Callable[[SolveReport, list[Tensor | None], Tensor], None]] = []
         self._steps = {"inner": 0, "outer": 0}
-        self._inner_moved = self._outer_moved = (0, 0)  # by which thread, and when
-        self._forget()
+        self._weighed = False  # whether the memory of a solve was compared with what is free
         problem = self.problem()
         self.estimator.check(problem)  # both check, before the first step
         self.estimator.claim(self)
-        self._observes = self.estimator.observes
-        self._line_search = any(map(needs_closure, self._real))
         self._device = problem.inner_parameters[0].device
-        self._recorder = Recorder(self._device)
-        self._watch_steps()
+        self._processes = Processes(
+            process_group, self.estimator.averages, type(self.estimator).__name__
+        )
+        make_problem = partial(BilevelProblem, self._real, outer)  # holds no reference to this
+        self._level = InnerLevel(
+            *(steppers, self._real, make_problem, self.estimator, self._processes, grad_scaler)
+        )
 
     def _forget(self) -> None:
         """Forgets which inner problem is under way."""
-        self._pending: list[Record] = []  # micro-batches since the last step
-        self._records: list[Record] = []  # those of the last step: the inner problem
-        self._earlier: list[Record] = []  # those recorded before the step that is under way
-        self._unseen = False  # the loss of this step was a tensor: there is no closure
-        self._outer_grads: list[tuple[Tensor, Tensor | None]] = []  # while the trainer runs
-        self._weighed = False  # whether the memory of a solve was compared with what is free
-        self._shared: tuple[bool, Group | None] | None = None  # whether modules were known, then
-        self._versions: list[tuple[Tensor, int]] = []  # of gradients, after our own backward
-        self._hook_zeros: dict[int, Tensor] = {}
-        self._now: BilevelProblem | None = None  # while an inner step of ours is under way
-        self._observing = True
-        self._stepping: Optimizer | None = None
-        # While an optimizer steps, the learned tensors in its groups are numbers.
-        self._numbers: AbstractContextManager[None] | None = None
-        self._stepped: set[int] = set()  # ids of the optimizers that took the recorded step
+        self._weighed = False
+        self._processes.forget()
+        self._level.forget()
 
     # The inner level ----------------------------------------------------------------------------
 
@@ -212,27 +185,7 @@ class BilevelOptimizer:
             )
         if weight is not None:
             weight = check_number("weight", weight)
-        problem = self.problem()
-        if not self._pending and not self._outer_grads:
-            self._put_outer_grads_aside(problem)
-        evaluation = self._evaluate(problem, closure, weight)
-        self._check_made_inside(problem, graph_nodes(evaluation.loss))
-        return evaluation.loss
-
-    def _evaluate(
-        self, problem: BilevelProblem, closure: Callable[[], Any], weight: float | None = None
-    ) -> Evaluation:
-        inner, outer = problem.inner_parameters, problem.outer_parameters
-        evaluation, record = self._recorder.call(closure, inner, outer, weight)
-        self._pending.append(record)
-        self._before_backward(problem, evaluation)
-        return evaluation
-
-    def _before_backward(self, problem: BilevelProblem, evaluation: Evaluation) -> None:
-        if self._observes and self._observing:
-            problem.group = self._group(self._pending)
-            with problem.explained_training_errors():
-                self.estimator.before_backward(problem, evaluation)
+        return self._level.record(closure, weight)
 
     def inner_step(self, train_loss: TrainLoss) -> Tensor:
         """One step of the inner optimizer, bit for bit the plain ``zero_grad, backward, step``.
@@ -254,226 +207,11 @@ class BilevelOptimizer:
 
         Only the inner parameters get a ``.grad``; those of the outer ones are left as found.
         """
-        self._now = problem = self.problem()
-        self._notice_late_clipping()
-        self._pending.clear()
-        if self._line_search:
-            loss = self._closure_step(problem, train_loss)
-        else:
-            loss = self._backward(problem, train_loss)
-            if self.grad_scaler is not None:
-                for optimizer in self._steppers:
-                    self.grad_scaler.unscale_(optimizer)
-            self._note_gradients(problem)
-            self._step_inner()
-            self._notice_no_step()
-        self._now = None
+        if self._level.gradients_changed():
+            self._say(_LATE, stacklevel=3)
+        loss = self._level.step(train_loss)
         self._steps["inner"] += 1
-        self._note_gradients(problem)
         return loss
-
-    def _backward(self, problem: BilevelProblem, train_loss: TrainLoss) -> Tensor:
-        for optimizer in self._steppers:
-            optimizer.zero_grad()
-        clear = all(p.grad is None for p in problem.inner_parameters)
-        self._put_outer_grads_aside(problem)
-        try:
-            self._unseen = not callable(train_loss)
-            if callable(train_loss):
-                evaluation = self._evaluate(problem, train_loss)
-            else:
-                evaluation = evaluate(train_loss)
-                self._before_backward(problem, evaluation)
-            loss = evaluation.loss
-            if clear and any(p.grad is not None for p in problem.inner_parameters):
-                raise RuntimeError(
-                    "The training closure called backward() itself; it must only compute and "
-                    "return the loss: inner_step does the rest."
-                )
-            nodes = graph_nodes(loss)
-            self._check_made_inside(problem, nodes)
-            scaled = loss if self.grad_scaler is None else self.grad_scaler.scale(loss)
-            inner, outer = problem.inner_parameters, problem.outer_parameters
-            # Past φ where that is proved to be the same.
-            short = short_way_is_safe(nodes, inner, outer)
-            with problem.explained_training_errors():
-                scaled.backward(inputs=inner if short else None)  # type: ignore[no-untyped-call]
-        finally:
-            self._put_outer_grads_back()
-        return loss.detach()
-
-    def _step_inner(self) -> None:
-        for optimizer in self._steppers:
-            if self.grad_scaler is None:
-                optimizer.step()
-            else:
-                self.grad_scaler.step(optimizer)
-        if self.grad_scaler is not None:
-            self.grad_scaler.update()
-
-    def _closure_step(self, problem: BilevelProblem, train_loss: TrainLoss) -> Tensor:
-        """For optimizers such as LBFGS, which evaluate the loss as often as they like."""
-        if not callable(train_loss):
-            raise TypeError(f"{problem.name} needs a closure: inner_step(lambda: train_loss(...)).")
-        if self.grad_scaler is not None:
-            raise ValueError(f"{problem.name} does not work with a grad_scaler.")
-
-        def evaluation() -> Tensor:
-            loss = self._backward(problem, train_loss)
-            if self._observing:
-                self._commit()
-            self._pending.clear()
-            self._observing = False  # further evaluations are the optimizer's own affair
-            return loss
-
-        (optimizer,) = self._steppers
-        try:
-            loss: Tensor = optimizer.step(evaluation)  # type: ignore[arg-type, assignment]
-        finally:
-            self._observing = True
-        return loss.detach()
-
-    # When a step really happens -----------------------------------------------------------------
-
-    def _watch_steps(self) -> None:
-        """Hooks on the optimizers beneath the wrappers; gone when this object is."""
-        me = weakref.ref(self)
-
-        def before(optimizer: Optimizer) -> None:
-            bilevel = me()
-            if bilevel is not None:
-                bilevel._before_step(optimizer)
-
-        def after(optimizer: Optimizer) -> None:
-            bilevel = me()
-            if bilevel is not None:
-                bilevel._after_step(optimizer)
-
-        for optimizer in self._real:
-            handles = [
-                optimizer.register_step_pre_hook(StepHook(optimizer, before)),
-                optimizer.register_step_post_hook(StepHook(optimizer, after)),
-            ]
-            for handle in handles:
-                weakref.finalize(self, handle.remove)
-
-    def _before_step(self, optimizer: Optimizer) -> None:
-        """Gradients are there, parameters have not moved: what was recorded is the problem."""
-        nested = self._stepping is optimizer  # a subclass's step that calls super().step()
-        self._stepping = optimizer
-        if not nested:
-            self._earlier = list(self._pending)
-        if self._pending or self._unseen:
-            self._commit()
-        elif not nested and id(optimizer) in self._stepped:
-            self._stepped = set()  # a step of its own, of which nothing is on record
-        self._stepped.add(id(optimizer))
-        if not nested:
-            self._close_numbers()
-            if learned(optimizer):
-                self._numbers = plain(optimizer)
-                self._numbers.__enter__()
-
-    def _after_step(self, optimizer: Optimizer) -> None:
-        self._stepping = None
-        self._close_numbers()
-        if self._pending:  # recorded inside of the step, by a closure that the trainer gave it
-            if isinstance(self.estimator, TrajectoryEstimator):
-                raise RuntimeError(
-                    f"{self.estimator!r} needs the parameters as they were before the step, but "
-                    "the loss was recorded inside of it, in a closure that was given to "
-                    "optimizer.step(), as Lightning's automatic optimization does. Call record and "
-                    "backward before optimizer.step() (manual optimization)."
-                )
-            if self._line_search:
-                del self._pending[1:]  # a line search
-            else:
-                self._pending[:0] = self._earlier  # micro-batches, of which only the last is inside
-            self._commit()
-        self._earlier = []
-        self._inner_moved = threading.get_ident(), sequence_number()
-        if self._records and self._observes and id(optimizer) in self._stepped:
-            self.estimator.stepped(self.problem())
-
-    def _close_numbers(self) -> None:
-        numbers, self._numbers = self._numbers, None
-        if numbers is not None:
-            numbers.__exit__(None, None, None)
-
-    def _commit(self) -> None:
-        self._put_outer_grads_back()
-        self._records = list(self._pending)
-        self._pending.clear()
-        self._unseen = False
-        self._stepped = set()
-        problem = self._now or self.problem()
-        self._hook_zeros = hook_zeros(problem.inner_parameters)
-        if self._observes:
-            problem.untouched = bool(self._versions) and not self._written()
-            self.estimator.observe(problem, self._records)
-
-    def _notice_no_step(self) -> None:
-        """What was recorded is still pending: no optimizer stepped."""
-        if not self._pending:
-            return
-        skipped = self.grad_scaler is not None or any(
-            getattr(optimizer, "step_was_skipped", False) for optimizer in self._steppers
-        )
-        if not skipped:
-            raise RuntimeError(
-                "inner_step: the inner optimizer did not step; does a wrapper accumulate "
-                "gradients? Each inner_step begins with zero_grad(), so the gradients of earlier "
-                "micro-batches would be lost. Use loss = bilevel.record(closure) and keep the "
-                "loop's own backward, step and zero_grad."
-            )
-        self._records = list(self._pending)  # the problem is the same, only the step was skipped
-        self._pending.clear()
-        if self._observes:
-            self.estimator.skipped(self.problem(), self._records)
-
-    def _notice_late_clipping(self) -> None:
-        """Gradients written to after the step in which they served."""
-        if self._written():
-            self._say(
-                Trouble(
-                    "late_gradient_change",
-                    "the gradients were changed after inner_step, which has stepped already: "
-                    "clipping there has no effect. Use loss = bilevel.record(closure) and keep the "
-                    "loop's own backward, clipping and step",
-                )
-            )
-        self._versions = []
-
-    def _note_gradients(self, problem: BilevelProblem) -> None:
-        grads = [p.grad for p in problem.inner_parameters]
-        self._versions = [(g, g._version) for g in grads if g is not None]
-
-    def _written(self) -> bool:
-        """Whether gradients were written to since :meth:`_note_gradients`."""
-        return any(g._version != version for g, version in self._versions)
-
-    def _put_outer_grads_aside(self, problem: BilevelProblem) -> None:
-        self._outer_grads = [(p, p.grad) for p in problem.outer_parameters]
-        for p in problem.outer_parameters:
-            p.grad = None
-
-    def _put_outer_grads_back(self) -> None:
-        for p, grad in self._outer_grads:
-            p.grad = grad
-        self._outer_grads = []
-
-    def _check_made_inside(self, problem: BilevelProblem, nodes: Sequence[Any]) -> None:
-        """RuntimeError where a part of the graph is older than the parameters that it came from."""
-        levels = (
-            (self._inner_moved, problem.inner_parameters),
-            (self._outer_moved, problem.outer_parameters),
-        )
-        oldest = min((node._sequence_nr() for node in nodes), default=0)
-        for (thread, moved), parameters in levels:
-            if oldest >= moved or thread != threading.get_ident():
-                continue
-            if reaches(older(nodes, moved), parameters):
-                raise RuntimeError(OUTSIDE)
 
     # Between the levels -------------------------------------------------------------------------
 
@@ -517,7 +255,7 @@ class BilevelOptimizer:
                     if born:
                         optimizer.state[p] = born
         self._forget()
-        self._inner_moved = threading.get_ident(), sequence_number()
+        self._level.inner_moved = now()
         self.estimator.begin(initial)
 
     # The outer level ----------------------------------------------------------------------------
@@ -555,7 +293,7 @@ class BilevelOptimizer:
             if self.max_grad_norm is not None:
                 torch.nn.utils.clip_grad_norm_([p for p, _ in hypergradient], self.max_grad_norm)
             self.outer.step()
-            self._outer_moved = threading.get_ident(), sequence_number()
+            self._level.outer_moved = now()
         self.estimator.restart()
         self._steps["outer"] += 1
         for listener in self._listeners:
@@ -619,7 +357,8 @@ class BilevelOptimizer:
     def _objective(self, train_loss: TrainLoss | None) -> InnerObjective | None:
         if train_loss is not None:
             return InnerObjective.given(train_loss, self._device)
-        return InnerObjective.on_record(self._records, self._device) if self._records else None
+        records = self._level.records
+        return InnerObjective.on_record(records, self._device) if records else None
 
     def _estimate(
         self,
@@ -632,7 +371,7 @@ class BilevelOptimizer:
             raise TypeError(
                 "A list for the validation loss must hold closures, one for each micro-batch."
             )
-        self._put_outer_grads_back()
+        self._level.put_outer_grads_back()
         problem = BilevelProblem(
             self._real,
             self.outer,
@@ -640,49 +379,31 @@ class BilevelOptimizer:
             keep_outer_graph=keep_outer_graph,
             averaged=None if averaged is None else list(averaged),
             scale=self._scale(),
-            hook_zeros=self._hook_zeros,
+            hook_zeros=self._level.hook_zeros,
             self_check=self.self_check,
-            reader=self._recorder.reader,
-            group=self._group(self._records),
+            reader=self._level.recorder.reader,
         )
-        parameters = [*problem.inner_parameters, *problem.outer_parameters]
-        n = FlatLayout(problem.inner_parameters).n
+        inner, outer = problem.inner_parameters, problem.outer_parameters
+        problem.group = self._processes.of(self._level.records, inner, outer)
+        layout = FlatLayout(inner)
         vectors = self.estimator.vectors
         if not self._weighed and vectors is not None and self.on_trouble != "ignore":
             self._weighed = True
-            lack = shortage(vectors, n, FlatLayout(problem.inner_parameters).dtype, self._device)
+            lack = shortage(vectors, layout.n, layout.dtype, self._device)
             if lack is not None:
                 warnings.warn(lack, HypergradientWarning, stacklevel=3)
         with (
-            explained_shortage(vectors, n),
+            explained_shortage(vectors, layout.n),
             settled(),
             torch.enable_grad(),
-            without_parameter_hooks(parameters),
+            without_parameter_hooks([*inner, *outer]),
         ):
             if isinstance(val_loss, list):
                 val_loss = problem.mean_of(val_loss, plain=self.estimator.first_order)
             found = self.estimator.estimate(problem, val_loss)
         assert self.estimator.report is not None
         self.estimator.report, found = judged(self.estimator.report, found, val_loss)
-        return val_loss.detach(), list(zip(problem.outer_parameters, found, strict=True))
-
-    def _group(self, records: Sequence[Record]) -> Group | None:
-        """The processes that share the inner problem; known since its modules were called."""
-        modules = [module for record in records for module in record.modules]
-        if self._shared is None or self._shared[0] != bool(modules):
-            problem = self.problem()
-            group = group_of(
-                self.process_group, modules, problem.inner_parameters, problem.outer_parameters
-            )
-            if group is not None and not self.estimator.averages:
-                raise RuntimeError(
-                    f"{type(self.estimator).__name__} does not average over processes: each would "
-                    "get another hypergradient. Use ImplicitDifferentiation(...), or one process."
-                )
-            self._shared = bool(modules), group
-        if self._shared[1] is not None:
-            self._shared[1].check()
-        return self._shared[1]
+        return val_loss.detach(), list(zip(outer, found, strict=True))
 
     def _scale(self) -> Tensor | None:
         if self.grad_scaler is None or not self.grad_scaler.is_enabled():
@@ -705,7 +426,7 @@ class BilevelOptimizer:
             self._say(trouble)
         return finite
 
-    def _say(self, trouble: Trouble) -> None:
+    def _say(self, trouble: Trouble, stacklevel: int = 4) -> None:
         """Once of each kind."""
         if self.on_trouble == "ignore" or trouble.kind in self._said:
             return
@@ -714,7 +435,7 @@ class BilevelOptimizer:
             f"{trouble.text}. [{trouble.kind}: said once; bilevel.report.trouble() tells it for "
             "every step, on_trouble= changes that]",
             HypergradientWarning,
-            stacklevel=4,
+            stacklevel=stacklevel,
         )
 
     @property
@@ -764,7 +485,7 @@ class BilevelOptimizer:
             state_dict = unpacked(state_dict, first)
             states = zip(state_dict["inner"], self._real, strict=True)
             state_dict = {**state_dict, "inner": [joined(state, o) for state, o in states]}
-        inner = _checked_state(state_dict, self._real, self.outer)
+        inner = checked_state(state_dict, self._real, self.outer)
         self.estimator.load_state_dict(state_dict["estimator"])  # first: it may refuse
         # torch's optimizers share tensors with what they load, and would move a checkpoint.
         for optimizer, state in zip(self._real, inner, strict=True):
@@ -793,68 +514,3 @@ class BilevelOptimizer:
         }
         told = ", ".join(f"{name}={value}" for name, value in settings.items() if value is not None)
         return f"{type(self).__name__}({told})"
-
-
-def _check_optimizers(inner: Sequence[Any], outer: Any) -> None:
-    """Raises unless all are optimizers that can serve at their level."""
-    if not inner:
-        raise ValueError("inner is empty: give the optimizer of the model's parameters.")
-    for name, optimizer in [*(("inner", o) for o in inner), ("outer", outer)]:
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(
-                f"{name} must be a torch.optim.Optimizer; got {type(optimizer).__name__}. Pass "
-                "for example torch.optim.SGD(model.parameters(), lr=0.1)."
-            )
-    if needs_closure(outer):
-        raise ValueError(
-            f"{type(outer).__name__} cannot be the outer optimizer: it evaluates its loss "
-            "several times a step, and each evaluation would be a whole bilevel solve. Use "
-            "for example torch.optim.Adam or torch.optim.SGD."
-        )
-    if len(inner) > 1 and any(map(needs_closure, inner)):
-        raise ValueError(
-            "An inner optimizer that evaluates the loss itself, such as LBFGS, cannot step "
-            "together with others."
-        )
-
-
-def _checked_state(
-    state_dict: Mapping[str, Any], inner: Sequence[Optimizer], outer: Optimizer
-) -> list[Any]:
-    """The states of the inner optimizers; ValueError where the dict does not fit."""
-    advice = "Give what BilevelOptimizer.state_dict() returned, of the same optimizers."
-    missing = [k for k in ("inner", "outer", "estimator", "steps") if k not in state_dict]
-    if missing:
-        raise ValueError(f"The state has no {', '.join(map(repr, missing))}. {advice}")
-    states = state_dict["inner"]
-    states = [states] if isinstance(states, Mapping) else list(states)
-    if len(states) != len(inner):
-        raise ValueError(
-            f"The state is of {len(states)} inner optimizer(s), not of {len(inner)}. {advice}"
-        )
-    for optimizer, state in [*zip(inner, states, strict=True), (outer, state_dict["outer"])]:
-        groups = state.get("param_groups", ()) if isinstance(state, Mapping) else ()
-        sizes = [len(group["params"]) for group in groups]
-        expected = [len(group["params"]) for group in optimizer.param_groups]
-        if sizes != expected:
-            raise ValueError(
-                f"The state of {type(optimizer).__name__} has parameter groups of {sizes}, the "
-                f"optimizer of {expected}. {advice}"
-            )
-    return states
-
-
-def judged(
-    report: SolveReport, hypergradient: list[Tensor | None], val_loss: Tensor
-) -> tuple[SolveReport, list[Tensor | None]]:
-    """Whether all is finite, on record; what is not leaves no finite hypergradient behind."""
-    parts = [g for g in hypergradient if g is not None]
-    norm = torch.stack([inner_product(g.flatten(), g.flatten()) for g in parts]).sum().sqrt()
-    sizes = (
-        *(norm, report.loss, report.rhs_norm, report.solution_norm),
-        *(report.inner_gradient_norm, report.residual, report.growth),
-    )
-    known = [s.to(norm) for s in sizes if s is not None]
-    zero = torch.stack([*known, val_loss.detach().to(norm)]).sum() * 0  # NaN, if one of them is not
-    report = replace(report, hypergradient_norm=norm + zero, finite=zero == 0)
-    return report, [None if g is None else g + zero.to(g.dtype) for g in hypergradient]

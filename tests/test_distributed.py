@@ -88,7 +88,7 @@ def run(settings: dict, rank: int, world: int, wrapped: bool = True, **options) 
         for _ in range(4):
             bo.inner_step(train)
         bo.outer_step(F.cross_entropy(model(data[1, part]), labels[1, part]))
-    group = bo._group(bo._records)
+    group = bo._processes.group
     messages = group.messages if group else 0
     state = torch.cat([decay.detach(), *(p.detach().flatten() for p in net.parameters())])
     return torch.cat([state, torch.tensor([float(messages), float(bo.report.matvecs)])])

@@ -14,8 +14,8 @@ from problems import spd, tensor
 from torch import Tensor
 
 from hyperopt_torch import IHVP
+from hyperopt_torch.ihvp import LancBiO, SubBiO
 from hyperopt_torch.ihvp.base import Solution
-from hyperopt_torch.ihvp.lancbio import LancBiO, SubBiO
 from hyperopt_torch.operators import Dense
 
 EITHER = pytest.mark.parametrize("safeguard", [True, False])

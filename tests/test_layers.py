@@ -15,7 +15,7 @@ LAYERS = [
     {"operators"},
     {"curvature", "ihvp", "distributed"},
     {"estimators"},
-    {"_default"},
+    {"_default", "_checked", "_judged", "_inner_level"},
     {"bilevel", "functional", "health"},
     {"checking"},
     {"__init__"},

@@ -113,7 +113,7 @@ class Run:
         return torch.cat([self.phi.detach(), *(t.flatten() for t in whole)])
 
     def messages(self) -> float:
-        group = self.bo._group(self.bo._records)
+        group = self.bo._processes.group
         return 0.0 if group is None else float(group.messages)
 
 

@@ -4,7 +4,7 @@
 """
 
 from .checkpoint import joined, packed, unpacked
-from .find import group_of
+from .find import Processes, group_of
 from .group import Group
 
-__all__ = ["Group", "group_of", "joined", "packed", "unpacked"]
+__all__ = ["Group", "Processes", "group_of", "joined", "packed", "unpacked"]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .._tensors import is_sharded
+from ..recording import Record
 from .group import Group
 from .shards import Shards, check_outer
 
@@ -62,3 +63,47 @@ def group_of(
             group = Group(module.process_group)
             return group if group.size > 1 else None
     raise RuntimeError(_UNKNOWN.format(world=world))
+
+
+class Processes:
+    """Those that share an inner problem; known once its modules have been called.
+
+    Args:
+        wanted: as for :func:`group_of`.
+        averages: whether the estimator can average over a group.
+        name: of the estimator, for the error.
+
+    Attributes:
+        group: as last found; None: this process alone.
+    """
+
+    def __init__(self, wanted: Any, averages: bool, name: str) -> None:
+        self._wanted, self._averages, self._name = wanted, averages, name
+        self.forget()
+
+    def forget(self) -> None:
+        """Looks anew next time."""
+        self.group: Group | None = None
+        self._seen: bool | None = None  # whether modules were known when it was found
+
+    def of(
+        self, records: Sequence[Record], inner: Sequence[Tensor], outer: Sequence[Tensor]
+    ) -> Group | None:
+        """Those that share the closures on record, with inner and outer parameters.
+
+        Raises:
+            RuntimeError: it cannot be known; the estimator does not average; or gradients would
+                not be those of all.
+        """
+        modules = [module for record in records for module in record.modules]
+        if self._seen != bool(modules):
+            group = group_of(self._wanted, modules, inner, outer)
+            if group is not None and not self._averages:
+                raise RuntimeError(
+                    f"{self._name} does not average over processes: each would get another "
+                    "hypergradient. Use ImplicitDifferentiation(...), or one process."
+                )
+            self.group, self._seen = group, bool(modules)
+        if self.group is not None:
+            self.group.check()
+        return self.group

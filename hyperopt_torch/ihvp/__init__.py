@@ -5,12 +5,13 @@ from .base import IHVP, Preconditioner, Solution
 from .conjugate_gradient import CG, ConjugateGradient
 from .dense import DenseSolve
 from .identity import Identity
-from .lancbio import LancBiO, SubBiO
+from .lancbio import LancBiO
 from .neumann import Neumann
 from .nhgd import NHGD
 from .nystrom import Nystrom
 from .nystrom_pcg import NystromPCG, NystromSketch
 from .recycled_cg import RecycledCG
+from .subbio import SubBiO
 
 __all__ = [
     "CG",

@@ -1,4 +1,4 @@
-"""LancBiO and SubBiO: a small subspace that is carried from one outer step to the next."""
+"""LancBiO: a Lanczos subspace that grows by a vector in each outer step."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from .._tensors import wide_dtype
-from ..errors import check_count, check_number
+from ..errors import check_count
 from ..operators import LinearOperator
+from ._multiple import Multiple
+from ._projected import CUT, ROUNDING, clipped_solve, nonzero
 from .base import IHVP, Solution
 
-_CUT = 1e-8  # eigenvalues of the small matrix below this times the largest are rounding
 _JUMP = 4.0  # a residual this many times the foretold and the last one ends the subspace
 _WORSE = 0.99  # of what the multiple of b achieves; above it the difference is rounding
-_ROUNDING = 64  # units in the last place
 _RETURNED = "the subspace was of no use in this step: the best multiple of b is returned"
 
 
@@ -133,7 +133,7 @@ class LancBiO(IHVP):
             s["x"] = torch.where(A.inner(s["x"], s["x"]).isfinite(), s["x"], 0.0)
             s["w"] = A @ s["x"]
         r = b - s["w"]
-        s["Q"][0] = r / _nonzero(A.inner(r, r).sqrt())
+        s["Q"][0] = r / nonzero(A.inner(r, r).sqrt())
         for name in {"T", "beta", "noise"} & s.keys():
             s[name] = torch.zeros_like(s[name])
         if not self.safeguard:
@@ -164,9 +164,9 @@ class LancBiO(IHVP):
         j: int = s["step"]
         Q, T, u, omega = self._extend(A, j)
         r = b - s["w"]
-        y, mu = _clipped_solve(T, A.inner(Q, r), s["noise"])
+        y, mu = clipped_solve(T, A.inner(Q, r), s["noise"])
         foretold = r - Q @ (T @ y).to(b.dtype) - y[-1] * omega
-        found = _Multiple(A, b, s["x"] + Q @ y.to(b.dtype))
+        found = Multiple(A, b, s["x"] + Q @ y.to(b.dtype))
         small = torch.stack([s["noise"], mu[0], mu.abs().amax(), T[-1, -1]])
         norms2 = torch.stack([A.inner(v, v) for v in (u, omega, foretold)])
         values = found.read(small, norms2)
@@ -189,7 +189,7 @@ class LancBiO(IHVP):
     def _judge(
         self,
         A: LinearOperator,
-        found: _Multiple,
+        found: Multiple,
         noise: float,
         lowest: float,  # and largest: eigenvalues of T
         largest: float,
@@ -197,29 +197,29 @@ class LancBiO(IHVP):
         uu: float,
         left: float,  # ‖ω‖²
         foretold_rr: float,
-    ) -> tuple[_Multiple, bool]:
+    ) -> tuple[Multiple, bool]:
         """What to return, and whether the subspace is good for another vector."""
         s = self.state
         flat = uu > 0 and qAq <= 4 * found.eps * math.sqrt(uu)
         if s["cold"]:
             s["rayleigh"] = 0.0 if flat else qAq  # q is b there
         # T shows nonpositive curvature where neither drift nor rounding explains it.
-        zero = _CUT * largest
+        zero = CUT * largest
         shown = uu > 0 and lowest <= (zero if noise <= zero else -noise)
         # The evidence goes when the subspace starts anew; what it was about does not.
         negative = flat or found.flat or shown
         s["caution"] = self.subspace_dim if negative else max(s["caution"] - 1, 0)
         best = self._or_multiple_of_b(A, found)
-        exhausted = math.sqrt(left) <= _ROUNDING * found.eps * largest
+        exhausted = math.sqrt(left) <= ROUNDING * found.eps * largest
         jumped = self._jumped(found, largest, foretold_rr)
         return best, best is found and not exhausted and not jumped
 
-    def _jumped(self, found: _Multiple, largest: float, foretold_rr: float) -> bool:
+    def _jumped(self, found: Multiple, largest: float, foretold_rr: float) -> bool:
         """Whether the residual says that this is another system than that of the last solve."""
         s = self.state
         last, s["last"] = s["last"], found.rr / (found.bb or math.inf)
         # At the level of rounding a residual is no evidence.
-        rounding = _ROUNDING * found.eps * (math.sqrt(found.bb) + largest * math.sqrt(found.xx))
+        rounding = ROUNDING * found.eps * (math.sqrt(found.bb) + largest * math.sqrt(found.xx))
         known = _JUMP**2 * max(foretold_rr, last * found.bb) if found.bb > 0 else 0.0
         return found.rr > max(known, rounding**2) or found.bb == 0
 
@@ -237,7 +237,7 @@ class LancBiO(IHVP):
         omega = omega - Q @ A.inner(Q, omega).to(u.dtype)  # once leaves rounding along Q
         return Q, T, u, omega
 
-    def _or_multiple_of_b(self, A: LinearOperator, found: _Multiple) -> _Multiple:
+    def _or_multiple_of_b(self, A: LinearOperator, found: Multiple) -> Multiple:
         """``found``, unless the best multiple of b seems to be better, and is."""
         s = self.state
         if s["caution"]:
@@ -247,7 +247,7 @@ class LancBiO(IHVP):
             expected = _WORSE * found.bb / s["rayleigh"] if s["rayleigh"] > 0 else 0.0
         if found.bb == 0 or (found.gain > 0 and found.gain >= expected):
             return found
-        other = _Multiple(A, found.b, found.b)
+        other = Multiple(A, found.b, found.b)
         other.read()
         s["rayleigh"] = 0.0 if other.flat else other.xAx / other.bb
         if s["caution"] or other.flat:
@@ -257,154 +257,3 @@ class LancBiO(IHVP):
             # Nothing better is known than b, at a length that fits ‖A‖.
             other.length = math.sqrt(other.bb / other.size) if other.size > 0 else 1.0
         return found if found.gain > other.gain else other
-
-
-class _Multiple:
-    """The multiple of x with the smallest A-norm error, for one joint product.
-
-    Attributes:
-        length: of the multiple.
-        gain: ‖x*‖² - ‖x* - length·x‖² in the A-norm, x* being the solution.
-        flat: whether xᵀAx shows nonpositive curvature; x = 0 shows none.
-    """
-
-    def __init__(self, A: LinearOperator, b: Tensor, x: Tensor) -> None:
-        self.b, self._x = b, x
-        self._Ax, self._cross = A.joint(x)
-        r = b - self._Ax
-        pairs = [
-            *((b, b), (b, x), (b, self._Ax)),
-            *((x, x), (x, self._Ax), (self._Ax, self._Ax), (r, r)),
-        ]
-        self._scalars = torch.stack([A.inner(*pair) for pair in pairs])
-        self.eps = torch.finfo(b.dtype).eps
-
-    def read(self, *more: Tensor) -> list[float]:
-        """Brings the scalars to the host, and ``more``, which it returns: one sync."""
-        values: list[float] = torch.cat([self._scalars, *more]).tolist()
-        self.bb, bx, self._bAx, self.xx, self.xAx, self.size, self.rr = values[:7]
-        self.finite = all(map(math.isfinite, values))
-        positive = self.xAx > 4 * self.eps * math.sqrt(self.xx * self.size)
-        self.flat = self.xx > 0 and not positive
-        self.length = bx / self.xAx if positive else 0.0
-        self.gain = bx * self.length
-        if not self.finite:
-            self.length = 1.0
-        return values[7:]
-
-    def by_residual(self) -> None:
-        """Goes by the residual instead, for an A that defines no norm; forward only."""
-        self.length = max(self._bAx, 0.0) / self.size if self.size > 0 else 0.0
-        self.gain = self._bAx * self.length
-
-    @property
-    def x(self) -> Tensor:
-        return self.length * self._x
-
-    @property
-    def Ax(self) -> Tensor:
-        return self.length * self._Ax
-
-    def solution(self, A: LinearOperator, **known: Any) -> Solution:
-        r = self.b - self.Ax
-        residual = (A.inner(r, r) / (self.bb or 1.0)).sqrt()
-        return Solution(self.x, self.length * self._cross, residual, **known)
-
-
-class SubBiO(IHVP):
-    """The Galerkin solution in the plane of b and (I - ηA)x, where x is that of the last solve.
-
-    With an orthonormal basis V of the plane and A = H + ρI: x ← V (VᵀAV)⁻¹ Vᵀb. The plane holds
-    x + η(b - Ax), one step of gradient descent on ½xᵀAx - bᵀx, so in a fixed system it converges
-    at least as fast as gradient descent with steps η does.
-
-    Args:
-        step_size: η > 0; about 1 / λ_max(A).
-        damping: ρ >= 0, or "auto": relative to ‖H‖.
-
-    Raises:
-        ValueError: ``step_size`` is not positive, or ``damping`` < 0.
-
-    Exact limit: a fixed positive definite system, after infinitely many solves; on a plane (n = 2)
-    at the second.
-
-    Trouble: where (I - ηA)x is parallel to b, or nothing is remembered, the plane is the line of
-    b. Eigenvalues of VᵀAV that are not above 1e-8 of the largest are left out, and flagged where
-    they show nonpositive curvature; if none is left, b·‖b‖/‖Ab‖ is returned. NaN is returned as it
-    comes, and then forgotten.
-
-    Cost: 3 products, Jᵀx included (one at the first solve); 14 vectors of memory at its peak, one
-    kept; no sync.
-
-    Example:
-        >>> import torch
-        >>> from hyperopt_torch.operators import Dense
-        >>> H, b = torch.diag(torch.tensor([1.0, 4.0])), torch.tensor([1.0, 1.0])
-        >>> solver = SubBiO(step_size=0.2)
-        >>> for outer_step in range(2):
-        ...     x = solver.solve(Dense(H), b).x
-        >>> x
-        tensor([1.0000, 0.2500])
-
-    Reference: Yang, Gao & Yuan, "LancBiO: dynamic Lanczos-aided bilevel optimization via Krylov
-    subspace", ICLR 2025.
-    """
-
-    def __init__(self, step_size: float, *, damping: float | str = 0.0) -> None:
-        super().__init__()
-        self.step_size = check_number("step_size", step_size, positive=True)
-        self._set_damping(damping)
-
-    @property
-    def vectors(self) -> int:
-        return 14
-
-    def solve(self, operator: LinearOperator, rhs: Tensor) -> Solution:
-        A = self.damped(operator, rhs)
-        basis = self._basis(A, rhs)
-        products, crosses = zip(*(A.joint(v) for v in basis), strict=True)
-        V, AV, JV = (torch.stack(parts, dim=1) for parts in (basis, products, crosses))
-        G, Vb = A.inner(V, AV), A.inner(V, rhs)
-        y, mu = _clipped_solve(G, Vb, torch.zeros_like(Vb[0]))
-        size = A.inner(AV, AV).diagonal()
-        # Nothing better is known than b, at a length that fits ‖A‖.
-        along = torch.where(torch.arange(len(basis), device=y.device) == 0, Vb, 0.0)
-        y = torch.where((y == 0).all(), along / _nonzero(size[0].sqrt()), y)
-        eps = torch.finfo(rhs.dtype).eps
-        flat = ((size > 0) & (G.diagonal() <= 4 * eps * size.sqrt())).any()
-        flat = flat | (mu[0] < -_CUT * mu[-1])
-        weights = y.to(rhs.dtype)
-        x, r = V @ weights, rhs - AV @ weights
-        self.state["x"] = x
-        residual = (A.inner(r, r) / _nonzero(A.inner(rhs, rhs))).sqrt()
-        return Solution(x, JV @ weights, residual, negative_curvature=flat)
-
-    def _basis(self, A: LinearOperator, b: Tensor) -> list[Tensor]:
-        """b and (I - ηA)x, orthonormal; a zero vector stands for a direction that is not there."""
-        v = b / _nonzero(A.inner(b, b).sqrt())
-        x: Tensor | None = self.state.get("x")
-        if x is None or (x.shape, x.dtype, x.device) != (b.shape, b.dtype, b.device):
-            return [v]
-        x = torch.where(A.inner(x, x).isfinite(), x, 0.0)
-        z = x - self.step_size * (A @ x)
-        length = A.inner(z, z).sqrt()
-        for _ in range(2):  # once leaves rounding along b
-            z = z - A.inner(v, z) * v
-        rest = A.inner(z, z).sqrt()
-        parallel = rest <= _ROUNDING * torch.finfo(b.dtype).eps * length
-        return [v, torch.where(parallel, 0.0, z / _nonzero(rest))]
-
-
-def _clipped_solve(T: Tensor, g: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """T⁻¹g, eigenvalues of T below ``noise`` raised to it; and these as they were."""
-    sound = T.isfinite().all()  # eigh fails on NaN
-    mu, S = torch.linalg.eigh(torch.where(sound, (T + T.mT) / 2, 0.0))
-    keep = mu > _CUT * mu.abs().amax()
-    inverse = torch.where(keep, 1 / torch.maximum(torch.where(keep, mu, 1.0), noise), 0.0)
-    y = S @ (inverse * (S.mT @ g))
-    return torch.where(sound, y, torch.nan), mu
-
-
-def _nonzero(norm: Tensor) -> Tensor:
-    """A divisor: ``norm``, or 1 where that is zero."""
-    return torch.where(norm > 0, norm, 1.0)
