@@ -23,7 +23,7 @@ from .curvature import Curvature
 from .distributed import Processes, joined, packed, unpacked
 from .errors import HypergradientError, HypergradientWarning, check_choice, check_number
 from .estimators import BilevelProblem, HypergradientEstimator, ImplicitDifferentiation
-from .estimators.base import all_facts
+from .estimators._problem import all_facts
 from .ihvp import IHVP
 from .inner_optimizer import Prober, born_state, parameters_of, relink, unwrapped
 from .recording import InnerObjective, TrainLoss, settled

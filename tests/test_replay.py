@@ -28,13 +28,13 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import StepLR
 
 from hyperopt_torch import PZOBO, BilevelOptimizer, Unrolled, learn_hyperparameter
+from hyperopt_torch.estimators import BilevelProblem
 from hyperopt_torch.estimators._trajectory import (
     RecordedStep,
     TrajectoryEstimator,
     follow,
     world_of,
 )
-from hyperopt_torch.estimators.base import BilevelProblem
 from hyperopt_torch.recording.world import BufferCopy
 
 ESTIMATORS: dict[str, Callable[[], TrajectoryEstimator]] = {

@@ -1,6 +1,7 @@
 """From an outer loss to its hypergradient, one family a file."""
 
-from .base import BilevelProblem, HypergradientEstimator
+from ._problem import BilevelProblem
+from .base import HypergradientEstimator
 from .implicit import ImplicitDifferentiation
 from .pzobo import PZOBO
 from .unrolled import Unrolled

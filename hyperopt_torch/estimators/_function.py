@@ -13,7 +13,7 @@ from ..curvature import Curvature, FirstOrderCurvature
 from ..operators import InnerGradient, LinearOperator, Summed
 from ..plain_gradient import PlainGradient
 from ..recording import Evaluation, InnerObjective
-from .base import BilevelProblem
+from ._problem import BilevelProblem
 
 
 class InnerFunction:

@@ -12,7 +12,7 @@ from .._tensors import FlatLayout
 from ..distributed import Group
 from ..ihvp.base import InnerStep
 from ..recording import Evaluation, sample_rows
-from .base import BilevelProblem
+from ._problem import BilevelProblem
 
 
 def inner_step_of(

@@ -12,8 +12,8 @@ from .._tensors import FlatLayout, inner_product
 from ..inner_optimizer import Change, standing_in, unchanged
 from ..recording import State, World, check_repeatable, copied
 from ._linearised import THETA, Point, Update
+from ._problem import BilevelProblem
 from ._trajectory import RecordedStep, again_checked, follow, plus, records_of
-from .base import BilevelProblem
 
 
 class Runs:

@@ -13,7 +13,7 @@ from ..plain_gradient import STEPS, size_of
 from ..recording import InnerObjective
 from ..report import SelfCheck
 from ._function import InnerFunction
-from .base import BilevelProblem
+from ._problem import BilevelProblem
 
 _TOLERANCE = 0.02
 _NOISE = 100.0  # rounding of the differences counts this many times

@@ -39,7 +39,8 @@ from ..recording import (
     weights,
 )
 from ..report import SolveReport
-from .base import BilevelProblem, HypergradientEstimator
+from ._problem import BilevelProblem
+from .base import HypergradientEstimator
 
 
 @dataclass(frozen=True)

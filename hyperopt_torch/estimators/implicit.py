@@ -22,8 +22,9 @@ from ..report import SelfCheck, SolveReport
 from ._function import InnerFunction, PlainFunction
 from ._inner_steps import inner_step_of, joined
 from ._moving import Moving, moving
+from ._problem import BilevelProblem, all_facts, combined
 from ._self_check import self_check
-from .base import BilevelProblem, HypergradientEstimator, all_facts, combined
+from .base import HypergradientEstimator
 
 _JUMP = 0.5  # a move of θ larger than half of its norm is a replacement, not a step
 

@@ -14,8 +14,8 @@ from ..inner_optimizer import step_hooks
 from ..recording import Record
 from ..report import SolveReport
 from ._perturbed import Runs, dot, exact_slopes
+from ._problem import BilevelProblem, combined
 from ._trajectory import TrajectoryEstimator, all_skipped, world_of
-from .base import BilevelProblem, combined
 
 _SMOOTHING = {torch.float64: 1e-5, torch.float32: 1e-3}  # relative to 1 + rms(φ)
 _SMOOTHING_LOW = 3e-2  # in half precision

@@ -15,6 +15,7 @@ from ..operators import InnerGradient
 from ..recording import World, check_repeatable
 from ..report import SolveReport
 from ._linearised import THETA, Point, Update
+from ._problem import BilevelProblem, combined
 from ._trajectory import (
     RecordedStep,
     TrajectoryEstimator,
@@ -23,7 +24,6 @@ from ._trajectory import (
     plus,
     world_of,
 )
-from .base import BilevelProblem, combined
 
 _ASTRAY = 1e-2  # of a step: a larger gap to the next point on record is no rounding
 
