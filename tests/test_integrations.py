@@ -65,7 +65,10 @@ def run(text: str, arguments: dict) -> list[Tensor]:
     torch.manual_seed(0)
     namespace = {"__name__": "program"}
     exec(compile(text, "program", "exec"), namespace)
-    return [p.detach().clone() for p in namespace["main"](**arguments).parameters()]
+    found = [p.detach().clone() for p in namespace["main"](**arguments).parameters()]
+    if dist.is_initialized():  # the programs do it after main, too
+        dist.destroy_process_group()
+    return found
 
 
 class Spy(BilevelOptimizer):
@@ -269,10 +272,8 @@ def worker(rank: int, world: int, folder: str) -> None:
     Spy.forced = {"ihvp": DenseSolve(DAMPING), "on_trouble": "ignore"}
     os.environ["MASTER_PORT"] = first
     ours = run(source("torchrun_loop"), {"epochs": 1})
-    dist.destroy_process_group()
     os.environ["MASTER_PORT"] = second
     theirs = run(plain(source("torchrun_loop")), {"epochs": 1})
-    dist.destroy_process_group()
     torch.save((ours, theirs, Spy.made.pairs), Path(folder, f"{rank}.pt"))
 
 
