@@ -166,6 +166,7 @@ class BilevelOptimizer:
         self._pending: list[Record] = []  # micro-batches since the last step
         self._records: list[Record] = []  # those of the last step: the inner problem
         self._earlier: list[Record] = []  # those recorded before the step that is under way
+        self._waiting = False  # until the closure that this step was given has been called
         self._unseen = False  # the loss of this step was a tensor: there is no closure
         self._outer_grads: list[tuple[Tensor, Tensor | None]] = []  # while the trainer runs
         self._weighed = False  # whether the memory of a solve was compared with what is free
@@ -229,8 +230,11 @@ class BilevelOptimizer:
         return evaluation
 
     def _before_backward(self, problem: BilevelProblem, evaluation: Evaluation) -> None:
-        if self._observes and self._observing:
+        inside = self._stepping is not None and len(self._pending) - len(self._earlier)
+        again = self._line_search and inside > 1  # an evaluation that the trainer's closure made
+        if self._observes and self._observing and not again:
             problem.group = self._group(self._pending)
+            problem.begins = len(self._pending) <= 1
             with problem.explained_training_errors():
                 self.estimator.before_backward(problem, evaluation)
 
@@ -339,12 +343,12 @@ class BilevelOptimizer:
         """Hooks on the optimizers beneath the wrappers; gone when this object is."""
         me = weakref.ref(self)
 
-        def before(optimizer: Optimizer) -> None:
+        def before(optimizer: Optimizer, closure: bool) -> None:
             bilevel = me()
             if bilevel is not None:
-                bilevel._before_step(optimizer)
+                bilevel._before_step(optimizer, closure)
 
-        def after(optimizer: Optimizer) -> None:
+        def after(optimizer: Optimizer, closure: bool) -> None:
             bilevel = me()
             if bilevel is not None:
                 bilevel._after_step(optimizer)
@@ -357,13 +361,18 @@ class BilevelOptimizer:
             for handle in handles:
                 weakref.finalize(self, handle.remove)
 
-    def _before_step(self, optimizer: Optimizer) -> None:
-        """Gradients are there, parameters have not moved: what was recorded is the problem."""
+    def _before_step(self, optimizer: Optimizer, closure: bool) -> None:
+        """Gradients are there, parameters have not moved: what was recorded is the problem.
+
+        Unless the step was given a closure, which may add to both: there may be micro-batches of
+        which only the last is inside of the step. Trajectory estimators cannot wait for it.
+        """
         nested = self._stepping is optimizer  # a subclass's step that calls super().step()
         self._stepping = optimizer
         if not nested:
             self._earlier = list(self._pending)
-        if self._pending or self._unseen:
+        self._waiting = closure and isinstance(self.estimator, ImplicitDifferentiation)
+        if (self._pending or self._unseen) and not self._waiting:
             self._commit()
         elif not nested and id(optimizer) in self._stepped:
             self._stepped = set()  # a step of its own, of which nothing is on record
@@ -377,7 +386,7 @@ class BilevelOptimizer:
     def _after_step(self, optimizer: Optimizer) -> None:
         self._stepping = None
         self._close_numbers()
-        if self._pending:  # recorded inside of the step, by a closure that the trainer gave it
+        if self._pending:  # a closure that the trainer gave it was called inside of the step
             if isinstance(self.estimator, TrajectoryEstimator):
                 raise RuntimeError(
                     f"{self.estimator!r} needs the parameters as they were before the step, but "
@@ -385,12 +394,12 @@ class BilevelOptimizer:
                     "optimizer.step(), as Lightning's automatic optimization does. Call record and "
                     "backward before optimizer.step() (manual optimization)."
                 )
+            if not self._waiting:
+                self._pending[:0] = self._earlier
             if self._line_search:
-                del self._pending[1:]  # a line search
-            else:
-                self._pending[:0] = self._earlier  # micro-batches, of which only the last is inside
+                del self._pending[len(self._earlier) + 1 :]
             self._commit()
-        self._earlier = []
+        self._earlier, self._waiting = [], False
         self._inner_moved = threading.get_ident(), sequence_number()
         if self._records and self._observes and id(optimizer) in self._stepped:
             self.estimator.stepped(self.problem())

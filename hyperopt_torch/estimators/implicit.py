@@ -92,6 +92,8 @@ class ImplicitDifferentiation(HypergradientEstimator):
     def before_backward(self, problem: BilevelProblem, evaluation: Evaluation) -> None:
         if not self.ihvp.observes:
             return
+        if problem.begins:
+            self._rows = []  # a step was recorded before, and not taken
         self._rows.append(inner_step_of(problem, evaluation, self.ihvp.samples_wanted))
 
     def observe(self, problem: BilevelProblem, records: Sequence[Record]) -> None:
