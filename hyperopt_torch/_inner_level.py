@@ -84,6 +84,7 @@ class InnerLevel:
         self.hook_zeros: dict[int, Tensor] = {}
         self._pending: list[Record] = []  # micro-batches since the last step
         self._earlier: list[Record] = []  # those recorded before the step that is under way
+        self._waiting = False  # until the closure that this step was given has been called
         self._unseen = False  # the loss of this step was a tensor: there is no closure
         self._outer_grads: list[tuple[Tensor, Tensor | None]] = []  # while the trainer runs
         self._versions: list[tuple[Tensor, int]] = []  # of gradients, after our own backward
@@ -134,7 +135,10 @@ class InnerLevel:
         return evaluation
 
     def _before_backward(self, problem: BilevelProblem, evaluation: Evaluation) -> None:
-        if self._estimator.observes and self._observing:
+        inside = self._stepping is not None and len(self._pending) - len(self._earlier)
+        again = self._line_search and inside > 1  # an evaluation that the trainer's closure made
+        if self._estimator.observes and self._observing and not again:
+            problem.begins = len(self._pending) <= 1
             problem.group = self._processes.of(
                 self._pending, problem.inner_parameters, problem.outer_parameters
             )
@@ -208,12 +212,12 @@ class InnerLevel:
         """Hooks on the optimizers beneath the wrappers; gone when this object is."""
         me = weakref.ref(self)
 
-        def before(optimizer: Optimizer) -> None:
+        def before(optimizer: Optimizer, closure: bool) -> None:
             level = me()
             if level is not None:
-                level._before_step(optimizer)
+                level._before_step(optimizer, closure)
 
-        def after(optimizer: Optimizer) -> None:
+        def after(optimizer: Optimizer, closure: bool) -> None:
             level = me()
             if level is not None:
                 level._after_step(optimizer)
@@ -226,13 +230,18 @@ class InnerLevel:
             for handle in handles:
                 weakref.finalize(self, handle.remove)
 
-    def _before_step(self, optimizer: Optimizer) -> None:
-        """Gradients are there, parameters have not moved: what was recorded is the problem."""
+    def _before_step(self, optimizer: Optimizer, closure: bool) -> None:
+        """Gradients are there, parameters have not moved: what was recorded is the problem.
+
+        Unless the step was given a closure, which may add to both: there may be micro-batches of
+        which only the last is inside of the step. Trajectory estimators cannot wait for it.
+        """
         nested = self._stepping is optimizer  # a subclass's step that calls super().step()
         self._stepping = optimizer
         if not nested:
             self._earlier = list(self._pending)
-        if self._pending or self._unseen:
+        self._waiting = closure and not isinstance(self._estimator, TrajectoryEstimator)
+        if (self._pending or self._unseen) and not self._waiting:
             self._commit()
         elif not nested and id(optimizer) in self._stepped:
             self._stepped = set()  # a step of its own, of which nothing is on record
@@ -246,7 +255,7 @@ class InnerLevel:
     def _after_step(self, optimizer: Optimizer) -> None:
         self._stepping = None
         self._close_numbers()
-        if self._pending:  # recorded inside of the step, by a closure that the trainer gave it
+        if self._pending:  # a closure that the trainer gave it was called inside of the step
             if isinstance(self._estimator, TrajectoryEstimator):
                 raise RuntimeError(
                     f"{self._estimator!r} needs the parameters as they were before the step, but "
@@ -254,12 +263,12 @@ class InnerLevel:
                     "optimizer.step(), as Lightning's automatic optimization does. Call record and "
                     "backward before optimizer.step() (manual optimization)."
                 )
+            if not self._waiting:
+                self._pending[:0] = self._earlier
             if self._line_search:
-                del self._pending[1:]  # a line search
-            else:
-                self._pending[:0] = self._earlier  # micro-batches, of which only the last is inside
+                del self._pending[len(self._earlier) + 1 :]
             self._commit()
-        self._earlier = []
+        self._earlier, self._waiting = [], False
         self.inner_moved = now()
         if self.records and self._estimator.observes and id(optimizer) in self._stepped:
             self._estimator.stepped(self._problem())

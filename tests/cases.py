@@ -159,6 +159,7 @@ STRATEGIES = [
     Case("lancbio-published", lambda: LancBiO(3, damping=0.1, safeguard=False), None, products=2),
     Case("subbio", lambda: SubBiO(0.5, damping=0.1), None, products=1),
     Case("nhgd", lambda: NHGD(16), None, products=1, vmaps=False),
+    Case("nhgd-kronecker", lambda: NHGD(structure="kronecker"), None, products=1, vmaps=False),
     Case("nhgd-dense", lambda: NHGD(structure="dense"), None, products=1, vmaps=False),
     Case("identity", lambda: Identity(0.5), None, products=1),
     Case("identity-rescaled", lambda: Identity(), None, products=1),

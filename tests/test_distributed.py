@@ -50,6 +50,7 @@ STRATEGIES = {
     "identity": lambda: {"ihvp": Identity()},
     "dense": lambda: {"ihvp": DenseSolve(0.2)},
     "nhgd": lambda: {"ihvp": NHGD(8)},
+    "nhgd-kronecker": lambda: {"ihvp": NHGD(structure="kronecker", rows="per_sample", samples=4)},
     "nhgd-per-sample": lambda: {"ihvp": NHGD(8, rows="per_sample", samples=4)},
     "unrolled": lambda: {"estimator": Unrolled()},
     "pzobo": lambda: {"estimator": PZOBO(2, antithetic=True)},

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,10 +23,13 @@ from hyperopt_torch import (
     BilevelOptimizer,
     ConjugateGradient,
     DenseSolve,
+    Identity,
     Nystrom,
+    PerSample,
     RecycledCG,
     Unrolled,
 )
+from hyperopt_torch.ihvp.base import InnerStep
 
 LR, RHO, BATCH, STEPS = 0.05, 5.0, 8, 3  # H + ρI is positive definite
 
@@ -573,6 +577,83 @@ def test_accumulation_that_ends_inside_of_the_step():
         inner.step(lambda: part(2))
         val = w.val()
         close(bo.hypergradient(val)[0], dense(w, whole, val))
+
+
+class Steps(Identity):
+    """Keeps what it is shown of the inner steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[InnerStep] = []
+
+    def samples_wanted(self, batch_size: int) -> list[int]:
+        return list(range(batch_size))
+
+    def observe(self, step: InnerStep) -> None:
+        self.seen.append(replace(step, gradient=step.gradient.clone()))
+
+
+@pytest.mark.parametrize("inside", [0, 1, 2, 3])
+def test_accumulation_that_ends_inside_of_the_step_is_one_observation(inside):
+    """However many of the three micro-batches the closure of the step records: of all of them."""
+    w, ihvp = World("tanh"), Steps()
+    inner = torch.optim.SGD(w.inner, lr=LR)
+    bo = BilevelOptimizer(inner, torch.optim.SGD([w.phi], lr=0.1), ihvp)
+
+    def losses(t: int) -> Tensor:
+        return (w.model(w.x[t]).reshape(-1) - w.y[t]).square()
+
+    def part(t: int) -> Tensor:
+        loss = bo.record(lambda: PerSample(losses(t), w.phi.exp()))
+        (loss / 3).backward()
+        return loss
+
+    def last() -> Tensor:
+        return torch.stack([part(t) for t in range(3 - inside, 3)]).sum() if inside else w.y.sum()
+
+    for count in (1, 2):
+        inner.zero_grad()
+        parts = torch.cat([losses(t) for t in range(3)])
+        rows = [flat(torch.autograd.grad(x, w.inner, retain_graph=True)) for x in parts]
+        expected = flat(torch.autograd.grad((w.phi.exp().repeat(3) * parts).mean(), w.inner))
+        for t in range(3 - inside):
+            part(t)
+        inner.step(last)
+        assert len(ihvp.seen) == count
+        step = ihvp.seen[-1]
+        close(step.gradient, expected)
+        assert step.batch_size == 3 * BATCH
+        close(step.rows(step.chosen), w.phi.exp().sqrt().repeat(3)[:, None] * torch.stack(rows))
+        assert w.phi.grad is None
+
+
+def test_a_line_search_of_the_trainer_shows_its_first_evaluation():
+    w, ihvp = World("tanh"), Steps()
+    inner = torch.optim.LBFGS(w.inner, lr=LR, max_iter=4)
+    bo = BilevelOptimizer(inner, torch.optim.SGD([w.phi], lr=0.1), ihvp)
+
+    def closure() -> Tensor:
+        inner.zero_grad()
+        loss = bo.record(lambda: (w.model(w.x[0]).reshape(-1) - w.y[0]).square())
+        loss.backward()
+        return loss
+
+    for count in (1, 2):
+        inner.step(closure)
+        assert len(ihvp.seen) == count
+        assert ihvp.seen[-1].batch_size == BATCH
+
+
+def test_a_record_without_a_step_is_no_micro_batch_of_the_next_inner_step():
+    w, ihvp = World("tanh"), Steps()
+    bo = BilevelOptimizer(torch.optim.SGD(w.inner, lr=LR), torch.optim.SGD([w.phi], lr=0.1), ihvp)
+
+    def train() -> Tensor:
+        return (w.model(w.x[0]).reshape(-1) - w.y[0]).square()
+
+    bo.record(train)  # and nothing comes of it
+    bo.inner_step(train)
+    assert ihvp.seen[-1].batch_size == BATCH
 
 
 @pytest.mark.parametrize("ihvp", [RecycledCG, lambda: Nystrom(5, damping=RHO)])

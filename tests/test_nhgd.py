@@ -15,7 +15,7 @@ from torch.optim import LBFGS, SGD, Adam
 
 from hyperopt_torch import BilevelOptimizer, ConjugateGradient, Identity
 from hyperopt_torch.ihvp.base import InnerStep
-from hyperopt_torch.ihvp.nhgd import NHGD
+from hyperopt_torch.ihvp.nhgd import NHGD, STRUCTURES
 from hyperopt_torch.operators import Dense
 from hyperopt_torch.recording import PerSample
 
@@ -94,7 +94,7 @@ def test_diagonal(count, decay):
 
 
 @pytest.mark.parametrize("damping", [0.0, 1e-3, 1.0])
-@pytest.mark.parametrize("structure", ["window", "dense", "diagonal"])
+@pytest.mark.parametrize("structure", STRUCTURES)
 def test_damping_is_relative_to_the_size_of_the_fisher_matrix(structure, damping):
     """(F + ρI)⁻¹ scales as F⁻¹, down to the floor; and the floor is absolute."""
     rows, b = steps(30), steps(1, seed=1)[0]
@@ -131,7 +131,7 @@ def test_ring_buffer_with_several_rows_a_step():
     assert_inverts(nhgd, torch.einsum("i,ij,ik->jk", weights, rows[-8:], rows[-8:]))
 
 
-@pytest.mark.parametrize("structure", ["window", "dense", "diagonal"])
+@pytest.mark.parametrize("structure", STRUCTURES)
 def test_several_rows_a_step_weigh_the_same(structure):
     rows = steps(30)
     nhgd = NHGD(structure=structure, rows="per_sample", samples=4)
@@ -230,7 +230,7 @@ def test_zero_right_hand_side():
         assert not found.negative_curvature
 
 
-@pytest.mark.parametrize("structure", ["window", "dense", "diagonal"])
+@pytest.mark.parametrize("structure", STRUCTURES)
 def test_rows_that_are_not_finite_are_left_out(structure):
     rows, b = steps(20), steps(1, seed=1)[0]
     bad = rows.clone()
@@ -245,7 +245,7 @@ def test_rows_that_are_not_finite_are_left_out(structure):
         torch.testing.assert_close(ask(nhgd, b), ask(clean, b), rtol=1e-10, atol=0)
 
 
-@pytest.mark.parametrize("structure", ["window", "dense", "diagonal"])
+@pytest.mark.parametrize("structure", STRUCTURES)
 def test_nothing_finite_yet(structure):
     """The first steps of a GradScaler: no curvature is known, so x = b, and rank 0 says so."""
     nhgd = shown(NHGD(structure=structure), torch.full((3, N), math.inf, dtype=torch.float64))
@@ -261,13 +261,13 @@ def test_nothing_finite_yet(structure):
         assert 0 < ask(nhgd, b).norm() < 1e6
 
 
-@pytest.mark.parametrize("structure", ["window", "dense", "diagonal"])
+@pytest.mark.parametrize("structure", STRUCTURES)
 def test_nan_in_the_right_hand_side_stays(structure):
     b = torch.full((N,), math.nan, dtype=torch.float64)
     assert ask(shown(NHGD(structure=structure), steps(5)), b).isnan().all()
 
 
-@pytest.mark.parametrize("structure", ["window", "dense", "diagonal"])
+@pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("kappa", [0.0, 0.3, -0.3])
 def test_curvature_of_the_penalty(structure, kappa):
     """κI is part of what is inverted and no part of ρ; a negative one counts as zero."""
@@ -291,7 +291,7 @@ def test_curvature_of_the_penalty(structure, kappa):
 # --- as a preconditioner --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("structure", ["window", "dense", "diagonal"])
+@pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("damping", [0.0, 1e-6, 10.0])
 def test_preconditioner(structure, damping):
     """r -> (F + max(damping, ρ)I)⁻¹ r: symmetric, positive definite, without a product."""
@@ -315,7 +315,7 @@ def test_preconditioner_before_the_first_step():
     assert torch.equal(NHGD().prepare(Dense(EYE), 0.1)(b), b)
 
 
-@pytest.mark.parametrize("observer", ["window", "dense", "diagonal", "per-sample"])
+@pytest.mark.parametrize("observer", ["window", "dense", "kronecker", "diagonal", "per-sample"])
 def test_inside_conjugate_gradients(observer):
     """Fed by the inner steps through the strategy that holds it; reset and saved with it."""
 
@@ -583,7 +583,7 @@ def test_per_sample_rows_need_per_sample_losses(form: str):
     assert all(map(torch.equal, before, rig.parameters))
 
 
-@pytest.mark.parametrize("structure", ["window", "dense", "diagonal"])
+@pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("query", ["outer_step", "accumulate", "hypergradient"])
 def test_no_observation_yet(structure: str, query: str):
     rig = Rig(NHGD(structure=structure))
@@ -616,6 +616,8 @@ OBSERVERS = {
     "window": lambda: NHGD(4),
     "centred": lambda: NHGD(4, rows="batch_centred"),
     "dense": lambda: NHGD(structure="dense", decay=0.9),
+    "kronecker": lambda: NHGD(structure="kronecker", decay=0.9),
+    "kronecker-per-sample": lambda: NHGD(structure="kronecker", rows="per_sample", samples=3),
     "diagonal": lambda: NHGD(structure="diagonal"),
     "per-sample": lambda: NHGD(8, rows="per_sample", samples=3),
 }

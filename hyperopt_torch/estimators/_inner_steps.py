@@ -6,13 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._tensors import FlatLayout
 from ..distributed import Group
 from ..ihvp.base import InnerStep
-from ..recording import Evaluation, sample_rows
+from ..recording import Evaluation, Record, sample_rows
 from ._problem import BilevelProblem
+
+_WITH_BIAS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # a bias entry for each row of a weight
 
 
 def inner_step_of(
@@ -86,3 +88,17 @@ def joined(gradient: Tensor, parts: Sequence[InnerStep]) -> InnerStep:
         chosen=chosen,
         chosen_rows=torch.cat(rows) if rows and len(chosen) == sum(map(len, rows)) else None,
     )
+
+
+def biases_of(parameters: Sequence[Tensor], records: Sequence[Record]) -> dict[int, int]:
+    """{number of a weight: number of its bias}, each once, of the layers that were called."""
+    number = {id(p): k for k, p in enumerate(parameters)}
+    found: dict[int, int] = {}
+    for module in (module for record in records for module in record.modules):
+        if isinstance(module, _WITH_BIAS):
+            own = module._parameters  # what a parametrization computes is no parameter
+            weight, bias = (number.get(id(own.get(name))) for name in ("weight", "bias"))
+            known = weight in found or bias in found.values()  # they may be tied
+            if weight is not None and bias is not None and not known:
+                found[weight] = bias
+    return found

@@ -36,6 +36,7 @@ class BilevelProblem:
         self_check: whether to hold the first products against differences of gradients.
         reader: of the random streams, where there is one that knows where they stand.
         group: the processes that share the inner problem, each with its own batch; None: this one.
+        begins: whether the evaluation at hand is the first micro-batch of an inner step.
     """
 
     inner: Sequence[Optimizer]
@@ -49,6 +50,7 @@ class BilevelProblem:
     self_check: bool = False
     reader: StreamReader | None = None
     group: Group | None = None
+    begins: bool = False
 
     def __post_init__(self) -> None:
         self.inner_parameters = trainable(p for o in self.inner for p in parameters_of(o))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from ..operators import LinearOperator, Shifted
 from ..recording import Evaluation, InnerObjective, Record
 from ..report import SelfCheck, SolveReport
 from ._function import InnerFunction, PlainFunction
-from ._inner_steps import inner_step_of, joined
+from ._inner_steps import biases_of, inner_step_of, joined
 from ._moving import Moving, moving
 from ._problem import BilevelProblem, all_facts, combined
 from ._self_check import self_check
@@ -93,6 +94,8 @@ class ImplicitDifferentiation(HypergradientEstimator):
     def before_backward(self, problem: BilevelProblem, evaluation: Evaluation) -> None:
         if not self.ihvp.observes:
             return
+        if problem.begins:
+            self._rows = []  # a step was recorded before, and not taken
         self._rows.append(inner_step_of(problem, evaluation, self.ihvp.samples_wanted))
 
     def observe(self, problem: BilevelProblem, records: Sequence[Record]) -> None:
@@ -100,9 +103,14 @@ class ImplicitDifferentiation(HypergradientEstimator):
         if not self.ihvp.observes:
             return
         parameters = problem.inner_parameters
-        gradient = FlatLayout(parameters).flatten([p.grad for p in parameters])
+        layout = FlatLayout(parameters)
+        step = replace(
+            joined(layout.flatten([p.grad for p in parameters]), parts),
+            shapes=layout.shapes,
+            biases=partial(biases_of, parameters, records),
+        )
         with torch.no_grad():
-            self.ihvp.observe(joined(gradient, parts))
+            self.ihvp.observe(step)
 
     def skipped(self, problem: BilevelProblem, records: Sequence[Record]) -> None:
         self.observe(problem, records)  # a strategy leaves out what is not finite

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .._tensors import wide_dtype
 from ..operators import LinearOperator
+from ._memory import InnerStep
 
 _LARGEST_DENSE = 2048  # two float64 matrices of 32 MiB each
 _LONGEST_RECURSION = 1000  # steps until rounding is swept out by a new factorization
@@ -53,8 +54,12 @@ class Fisher(ABC):
         self.rule, self.decay = rule, decay
 
     @abstractmethod
-    def begin(self, X: Tensor) -> dict[str, Any]:
-        """The memory before the first rows, for rows like X (r, n)."""
+    def begin(self, X: Tensor, step: InnerStep) -> dict[str, Any]:
+        """The memory before the first rows, for rows like X (r, n) of a step like this."""
+
+    def fits(self, state: Mapping[str, Any], X: Tensor, step: InnerStep) -> bool:
+        """Whether the memory is about parameters like those of the step."""
+        return bool(state["n"] == X.shape[1])
 
     @abstractmethod
     def add(self, state: dict[str, Any], X: Tensor, scale: Tensor | float) -> None:
@@ -86,7 +91,7 @@ class WindowFisher(Fisher):
         super().__init__(rule, decay)
         self.window = window
 
-    def begin(self, X: Tensor) -> dict[str, Any]:
+    def begin(self, X: Tensor, step: InnerStep) -> dict[str, Any]:
         m, wide = self.window, wide_dtype(X)
         return {
             "rows": torch.zeros(m, X.shape[1], dtype=X.dtype, device=X.device),
@@ -147,7 +152,7 @@ class WindowFisher(Fisher):
 class DiagonalFisher(Fisher):
     """The diagonal of F, by a running mean."""
 
-    def begin(self, X: Tensor) -> dict[str, Any]:
+    def begin(self, X: Tensor, step: InnerStep) -> dict[str, Any]:
         zero = torch.zeros((), dtype=wide_dtype(X), device=X.device)
         return {"diagonal": torch.zeros_like(X[0]), "weight": zero}
 
@@ -176,7 +181,7 @@ class DenseFisher(Fisher):
     before it falls below that, S + μI is factorized anew.
     """
 
-    def begin(self, X: Tensor) -> dict[str, Any]:
+    def begin(self, X: Tensor, step: InnerStep) -> dict[str, Any]:
         n = X.shape[1]
         if n > _LARGEST_DENSE:
             raise ValueError(

@@ -26,6 +26,9 @@ class InnerStep:
         chosen: the samples whose own gradients were taken: what
             :meth:`Memory.samples_wanted` answered for this step.
         chosen_rows: their rows √w_i ∇ℓ_i, (len(chosen), n).
+        shapes: of the tensors that θ is made of, in their order; empty where nobody knows.
+        biases: called, it tells which of these tensors is the bias of which, by their numbers:
+            {weight: bias}, of the linear and convolutional layers that the closure went through.
     """
 
     gradient: Tensor
@@ -33,6 +36,8 @@ class InnerStep:
     weights: Tensor | None = None
     chosen: Sequence[int] = ()
     chosen_rows: Tensor | None = None
+    shapes: Sequence[Sequence[int]] = ()
+    biases: Callable[[], Mapping[int, int]] = dict
 
     def rows(self, index: Sequence[int]) -> Tensor:
         """(len(index), n) rows √w_i ∇ℓ_i, penalty excluded, for samples that were wanted.

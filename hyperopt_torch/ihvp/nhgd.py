@@ -13,8 +13,10 @@ from .._tensors import wide_dtype
 from ..errors import check_choice, check_count, check_number
 from ..operators import LinearOperator
 from ._fisher import DampingRule, DenseFisher, DiagonalFisher, Fisher, Inverse, WindowFisher
+from ._kronecker import KroneckerFisher
 from .base import IHVP, InnerStep, Preconditioner, Solution
 
+STRUCTURES = ("window", "dense", "kronecker", "diagonal")
 _MEAN_GAIN = 0.1  # of the running mean gradient: about ten steps
 
 
@@ -30,7 +32,9 @@ class NHGD(IHVP, Preconditioner):
     Args:
         window: rows that structure "window" keeps, >= 1.
         structure: "window" keeps the last rows and inverts by Woodbury's identity; "dense" keeps
-            all of F and its inverse, by rank-one updates (n <= 2048); "diagonal" its diagonal.
+            all of F and its inverse, by rank-one updates (n <= 2048); "kronecker" a block for each
+            layer, of two factors L ⊗ R / tr L, where L = Σ ω M Mᵀ and R = Σ ω MᵀM and M is a row's
+            part for the layer's weight, one column more for its bias; "diagonal" the diagonal.
         damping: ρ as a fraction of the mean diagonal entry of F, >= 0. Relative, since F has the
             size of squared gradients, which fall by orders of magnitude in training.
         min_damping: the least ρ > 0, absolute. Where f has a penalty μ‖θ‖²/2 that the closure does
@@ -51,7 +55,9 @@ class NHGD(IHVP, Preconditioner):
     Raises:
         ValueError: an argument is out of its range.
 
-    Exact limit: F = H, as for infinitely many rows of a well-specified model at its optimum.
+    Exact limit: F = H, as for infinitely many rows of a well-specified model at its optimum. The
+    blocks of "kronecker" are those of F where inputs and output gradients of a layer are
+    independent, for a single row of rank one, and for tensors of one dimension.
 
     Trouble: before the first inner step there is no F: ``RuntimeError``; as a preconditioner it is
     the identity then. Rows that are not finite, as a GradScaler meets them, are left out; while
@@ -64,7 +70,8 @@ class NHGD(IHVP, Preconditioner):
     step, "batch_centred" two more, "per_sample" a backward pass a row. With window m: mn memory;
     mn flops for each row that is new at a solve, 4mn a solve; m×m algebra in float64. "dense": 2n²
     memory, O(n²) flops a row, O(n³) now and then (at every solve where there is a penalty or, as a
-    preconditioner, a damping). No sync.
+    preconditioner, a damping). "kronecker", for a weight (o, i): o² + i² memory, oi(o + i) flops a
+    row, o³ + i³ a solve; a side longer than 2048 keeps the diagonal of its factor. No sync.
 
     Example:
         >>> from hyperopt_torch.operators import Dense
@@ -74,7 +81,9 @@ class NHGD(IHVP, Preconditioner):
         tensor([1., 1.])
 
     Reference: Kong, Chen, Zhang & Mou, "Natural hypergradient descent", arXiv:2602.10905. The
-    windowed and diagonal forms, the relative damping and ``rescale`` are this library's.
+    windowed and diagonal forms, the relative damping and ``rescale`` are this library's. It offers
+    K-FAC (Martens & Grosse, 2015) for scale, whose factors are made of a layer's inputs and output
+    gradients; these are made of the rows, as those of Shampoo (Gupta, Koren & Singer, 2018).
     """
 
     def __init__(
@@ -92,7 +101,7 @@ class NHGD(IHVP, Preconditioner):
     ) -> None:
         super().__init__()
         self.window = check_count("window", window)
-        self.structure = check_choice("structure", structure, ("window", "dense", "diagonal"))
+        self.structure = check_choice("structure", structure, STRUCTURES)
         self.damping = check_number("damping", damping)
         self.min_damping = check_number("min_damping", min_damping, positive=True)
         self.decay = check_number("decay", decay, positive=True)
@@ -112,6 +121,8 @@ class NHGD(IHVP, Preconditioner):
             return DenseFisher(rule, self.decay)
         if self.structure == "diagonal":
             return DiagonalFisher(rule, self.decay)
+        if self.structure == "kronecker":
+            return KroneckerFisher(rule, self.decay)
         return WindowFisher(rule, self.decay, self.window)
 
     @property
@@ -143,8 +154,8 @@ class NHGD(IHVP, Preconditioner):
         X = step.gradient[None]  # (r, n)
         if self.rows == "per_sample":
             X = step.rows(self.samples_wanted(step.batch_size or self.samples))
-        if self.state["n"] != X.shape[1]:
-            self.state = self.initial_state() | self._fisher.begin(X) | {"n": X.shape[1]}
+        if not self._fisher.fits(self.state, X, step):
+            self.state = self.initial_state() | self._fisher.begin(X, step) | {"n": X.shape[1]}
         self._fisher.place(self.state, X.device, X.dtype)
         if self.rows == "per_sample":
             self._fisher.add(self.state, X, 1.0)

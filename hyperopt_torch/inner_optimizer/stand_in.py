@@ -93,12 +93,13 @@ class StepHook:
 
     Args:
         optimizer: whose steps; a twin shares its hooks.
-        tell: called at each of them.
+        tell: called at each of them, with whether the step was given a closure.
     """
 
-    def __init__(self, optimizer: Optimizer, tell: Callable[[Optimizer], None]) -> None:
+    def __init__(self, optimizer: Optimizer, tell: Callable[[Optimizer, bool], None]) -> None:
         self._optimizer, self._tell = weakref.ref(optimizer), tell
 
     def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if optimizer is self._optimizer():
-            self._tell(optimizer)
+            given = [*args, *kwargs.values()]  # the first of args is the optimizer
+            self._tell(optimizer, any(callable(v) for v in given if v is not optimizer))
