@@ -3,12 +3,14 @@ r"""A long-tailed training set: what a hypergradient can add to logit adjustment
     python examples/data_reweighting.py
     python examples/data_reweighting.py --data fashion --data-root PATH --tail hard --seeds 0 1 2
     python examples/data_reweighting.py --robustness --seeds 0 1 2 3 4
+    python examples/data_reweighting.py --paper --data-root PATH --download --imbalance 100
 
 Class c keeps n_max * imbalance^(-c / 9) training samples; a few balanced images are set aside.
 Plain remedies: weights 1 / n_c, and log priors added to the outputs in training (Menon et al.
 2021). Learned from the loss on the balanced images, by hypergradient: an offset and a weight for
 each class, starting at one of these remedies ("from priors", "from 1/n"); or a network that turns
-the loss of a sample, detached, into its weight, as in Hataya & Yamada, AISTATS 2023 ("network").
+the loss of a sample, detached, into its weight, as in Hataya & Yamada, AISTATS 2023 ("network"),
+by the three methods of that paper with its ranks and dampings, beside the default and identity.
 There is no direct term: nothing that is learned enters the loss on the balanced images. "+
 balanced": trained on these, too, once the rest is chosen. The test set is looked at once, at the
 end of a run.
@@ -18,7 +20,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -31,6 +33,7 @@ from _shared.data import Images
 from _shared.intervals import accuracy_figure, add_difference, save_runs, summary
 from _shared.long_tail import (
     HARD_TAIL,
+    STRATEGIES,
     Found,
     LongTailSource,
     Loss,
@@ -40,33 +43,15 @@ from _shared.long_tail import (
     halved,
     load_long_tail,
     long_tailed,
+    network,
     outputs_of,
     plain_remedies,
-    small_network,
 )
 from _shared.output import print_table, save_figure
 from torch import nn
 from tqdm import tqdm
 
-from hyperopt_torch import (
-    BilevelOptimizer,
-    ConjugateGradient,
-    GaussNewton,
-    Hessian,
-    Identity,
-    Nystrom,
-)
-
-# A strategy has a memory, so each run makes its own.
-STRATEGIES: dict[str, Callable[[], dict[str, Any]]] = {
-    "default": dict,  # what BilevelOptimizer takes by itself
-    "identity": lambda: {"ihvp": Identity()},
-    "warm-cg": lambda: {
-        "ihvp": ConjugateGradient(5, damping=0.1, warm_start=True),
-        "curvature": GaussNewton(),
-    },
-    "nystrom": lambda: {"ihvp": Nystrom(10, damping=0.1), "curvature": Hessian()},
-}
+from hyperopt_torch import BilevelOptimizer, Hessian, Nystrom
 
 
 @dataclass
@@ -84,7 +69,12 @@ class Settings:
     seeds: tuple[int, ...] = (0,)
     """One whole experiment for each."""
     strategies: tuple[str, ...] = ("default", "identity", "warm-cg")
-    """For the offsets: default, identity, warm-cg, nystrom."""
+    """For the offsets: names of `STRATEGIES` in _shared/long_tail.py."""
+    networks: tuple[str, ...] = ("nystrom", "cg", "neumann", "default", "identity")
+    """The same, for the weight network."""
+    paper: bool = False
+    """The published settings, whatever else is given but the imbalance: CIFAR-10, WRN-28-10, 2% of
+    the images balanced, 15000 steps. Days on a CPU; never run here."""
     robustness: bool = False
     """Table 6 of the paper instead: the weight network by Nystrom, ranks 5, 10, 20 and dampings
     .01, .1, 1."""
@@ -93,7 +83,7 @@ class Settings:
     val_per_class: int = 50
     """Balanced images of each class."""
     steps: int = 400
-    """Inner steps (paper: 15000)."""
+    """Inner steps."""
     every: int = 10
     """Inner steps between two outer steps."""
     batch: int = 100
@@ -103,14 +93,21 @@ class Settings:
     outer_lr: float = 0.05
     """Outer learning rate of offsets (Adam)."""
     network_lr: float = 1e-2
-    """Outer learning rate of the weight network (Adam; paper: 1e-5)."""
+    """Outer learning rate of the weight network (Adam)."""
     threads: int = 1
     """CPU threads."""
     out: Path = Path("results")
     """Folder of the figure and the rows."""
     tail: Literal["hard", "as-it-comes"] = "as-it-comes"
     """Fashion-MNIST: the rarest classes are those that are mistaken most, or the last ones."""
+    model: Literal["small", "wrn-28-10"] = "small"
+    """Two convolutions on half the width, or a wide residual network on the images as they are."""
 
+
+PAPER: dict[str, Any] = {
+    "data": "cifar10", "model": "wrn-28-10", "n_max": 5000, "val_per_class": 100, "steps": 15_000,
+    "every": 10, "lr": 0.1, "network_lr": 1e-5, "batch": 100, "tail": "as-it-comes",
+}  # fmt: skip
 
 ACCURACIES = ("test_accuracy", "rarest_accuracy")
 
@@ -126,7 +123,7 @@ def train(
 ) -> tuple[nn.Module, int]:
     """The model, and the products it took. With a strategy ``loss`` is a module, and is learned."""
     torch.manual_seed(seed)
-    model = small_network(split)
+    model = network(split, s.model)
     sgd = torch.optim.SGD(model.parameters(), lr=s.lr, momentum=0.9, weight_decay=5e-4)
     line = torch.optim.lr_scheduler.LambdaLR(sgd, lambda step: 1 - step / s.steps)
     batches = torch.Generator().manual_seed(seed)
@@ -169,9 +166,10 @@ def methods(split: Split, s: Settings, fit: Callable[..., Any]) -> Iterator[Foun
                 learned.log_weight -= change
         again, _ = fit(joined, learned)  # with the learned offsets and weights as they are
         yield f"from {start}, {name} + balanced", outputs_of(again, split.test_x), products, ""
-    strategy = STRATEGIES["nystrom"]()
-    model, products = fit(split, WeightNetwork(), strategy=strategy, outer_lr=s.network_lr)
-    yield "network, nystrom", outputs_of(model, split.test_x), products, ""
+    for name in s.networks:
+        strategy = STRATEGIES[name]()
+        model, products = fit(split, WeightNetwork(), strategy=strategy, outer_lr=s.network_lr)
+        yield f"network, {name}", outputs_of(model, split.test_x), products, ""
 
 
 def grid(split: Split, s: Settings, fit: Callable[..., Any]) -> Iterator[Found]:
@@ -221,11 +219,12 @@ def name_of(s: Settings) -> str:
 
 def main(s: Settings) -> None:
     torch.set_num_threads(s.threads)
+    s = replace(s, **PAPER) if s.paper else s
     images = load_long_tail(s.data, s.data_root, s.download)
-    if images[0].width > 20:
+    if s.model == "small" and images[0].width > 20:
         images = halved(images[0]), halved(images[1])
     print(f"{images[0].name}, imbalance {s.imbalance:g}, {s.steps} inner steps")
-    runs = 10 if s.robustness else 11 + 2 * len(s.strategies)
+    runs = 10 if s.robustness else 10 + 2 * len(s.strategies) + len(s.networks)
     rows = []
     with tqdm(total=runs * len(s.seeds) * s.steps, unit="step") as bar:
         for seed in s.seeds:

@@ -46,11 +46,13 @@ from hyperopt_torch import (
     GaussNewton,
     Hessian,
     Identity,
+    RecycledCG,
+    Unrolled,
 )
 
 Method = Literal[
     "nhgd", "nhgd-rescaled", "kronecker", "kronecker-rescaled", "kronecker-batch",
-    "identity", "cg", "cg-long", "cg-warm", "default",
+    "identity", "cg", "cg-long", "cg-warm", "default", "damped", "unrolled",
 ]  # fmt: skip
 PUBLISHED = {"cleaning": "outer loss .2765, test accuracy .9180", "distillation": "loss .4733"}
 
@@ -134,6 +136,12 @@ def strategy(method: str, s: Settings) -> dict[str, Any]:
             "ihvp": CG(5, damping=s.damping, warm_start=True),
             "curvature": GaussNewton(),
         },
+        # T steps of gradient descent at rate η leave a curvature below about 1 / ηT unresolved.
+        "damped": lambda: {
+            "ihvp": RecycledCG(window=20, damping=1 / (s.inner_lr * s.inner_steps)),
+            "curvature": GaussNewton(),
+        },
+        "unrolled": lambda: {"estimator": Unrolled()},
     }
     return made[method]() if method in made else {}
 

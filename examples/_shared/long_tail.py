@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hyperopt_torch import ConjugateGradient, GaussNewton, Hessian, Identity, Neumann, Nystrom
+
 from .data import Images, load_train_test
+from .wide_resnet import WideResNet
 
 LongTailSource = Literal["digits", "mnist", "fashion", "cifar10"]
 Loss = Callable[[Tensor, Tensor], Tensor]  # of outputs (b, classes) and labels (b,), a scalar
@@ -20,6 +23,21 @@ Found = tuple[str, Tensor, int, str]  # method, outputs on the test set, product
 # Fashion-MNIST from easy to hard: bag, boot, trousers, sneaker, sandal, dress, T-shirt, pullover,
 # coat, shirt. As they come, the rarest three would be sneaker, bag and boot, which nobody mistakes.
 HARD_TAIL = (8, 9, 1, 7, 5, 3, 0, 2, 4, 6)
+
+
+# A strategy has a memory, so each run makes its own.
+STRATEGIES: dict[str, Callable[[], dict[str, Any]]] = {
+    "default": dict,  # what BilevelOptimizer takes by itself
+    "identity": lambda: {"ihvp": Identity()},
+    "warm-cg": lambda: {
+        "ihvp": ConjugateGradient(5, damping=0.1, warm_start=True),
+        "curvature": GaussNewton(),
+    },
+    # Hataya & Yamada: rank or steps 10, damping or step size .01, the Hessian.
+    "nystrom": lambda: {"ihvp": Nystrom(10, damping=0.01), "curvature": Hessian()},
+    "cg": lambda: {"ihvp": ConjugateGradient(10, damping=0.01), "curvature": Hessian()},
+    "neumann": lambda: {"ihvp": Neumann(10, scale=0.01), "curvature": Hessian()},
+}
 
 
 @dataclass(frozen=True)
@@ -160,8 +178,10 @@ class WeightNetwork(nn.Module):
         return (weights * losses).sum() / weights.sum()
 
 
-def small_network(split: Split) -> nn.Module:
-    """Two convolutions with stride 2 and a linear layer."""
+def network(split: Split, name: Literal["small", "wrn-28-10"]) -> nn.Module:
+    """A wide residual network, or two convolutions with stride 2 and a linear layer."""
+    if name == "wrn-28-10":
+        return WideResNet(28, 10)
     channels, width = split.x.shape[1:3]
     return nn.Sequential(
         *(nn.Conv2d(channels, 16, 3, stride=2, padding=1), nn.ReLU()),
