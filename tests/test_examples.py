@@ -45,7 +45,6 @@ SMALL = {
 }
 OF_TRAINERS = {"lora_data_weights"}  # needs libraries beyond the extra of the examples
 PROGRAMS = {"first_loop"}  # the documentation's: no command line, no table, no figure
-WITHOUT_FIGURE = {"distributed_cleaning", "lora_data_weights", *PROGRAMS}
 
 
 def run(name, *args, cwd):
@@ -72,7 +71,7 @@ def test_runs_small(name, tmp_path):
     done = run(name, *SMALL[name], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     figures = list(tmp_path.rglob("*.png"))
-    assert bool(figures) is (name not in WITHOUT_FIGURE)
+    assert bool(figures) is (name not in PROGRAMS)
     assert all(f.stat().st_size < 300 * 1024 for f in figures)
     assert "nan" not in done.stdout.lower()
     assert name in PROGRAMS or len(done.stdout.splitlines()) > 5
