@@ -40,7 +40,9 @@ SMALL = {
     "hyper_cleaning": ["--steps", "20", "--train", "100"],
     "distributed_cleaning": ["--steps", "20"],
     "lora_data_weights": ["--steps", "5", "--batch", "4"],
+    "learning_rate_schedule": ["--steps", "10", "--trainings", "2"],
     "low_rank_inverse": [],
+    "multitask_weights": ["--steps", "110"],
     "weight_decay": ["--seeds", "0", "--outer-steps", "2"],
 }
 OF_TRAINERS = {"lora_data_weights"}  # needs libraries beyond the extra of the examples
