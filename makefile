@@ -21,6 +21,7 @@ docs:
 results:  # every table of the documentation, from the committed files
 	python -m benchmarks.ledger --write
 	python -m benchmarks.draw_amortised
+	python -m benchmarks.draw_against_optuna
 
 experiments:  # the commands that made the files, hours of them
 	python -m benchmarks.ledger --commands

@@ -10,6 +10,7 @@ the standard deviation of the noise that is added to the images. Every value fou
 network that is trained with it from scratch: the validation loss, which is what all methods
 minimise, and the accuracy on other samples. Searches begin with the same start; ``reached_after``
 is the number of full trainings until their validation loss is that of the bilevel run or lower.
+`python -m benchmarks.draw_against_optuna` draws the figure from the files.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from pathlib import Path
 import optuna
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -41,7 +41,6 @@ STARTS = {
 }
 LOW = torch.tensor([*[-4.0] * SOURCES, -14.0, -14.0, -8.0, -5.0])
 HIGH = torch.tensor([*[4.0] * SOURCES, -3.0, -3.0, 0.0, 0.5])
-COLORS = {"TPE": "tab:blue", "random search": "tab:orange", "bilevel, default": "tab:green"}
 FIELDS = ("task", "method", "seed", "val_loss", "test_accuracy", "trainings", "reached_after")
 FIELDS += ("noise", "cpu_s", "products")
 
@@ -183,45 +182,16 @@ def rows_of(name: str, seed: int, trials: int, outer_lr: float) -> tuple[list[di
                 "cpu_s": time.process_time() - begin,
             }
         )
-    curves["bilevel, default"] = [rows[2]["trainings"], target]
     return rows, curves
 
 
-def draw(curves: dict[tuple[str, int], dict], path: Path) -> None:
-    """The lowest validation loss so far against full trainings: every seed thin."""
-    tasks = list(dict.fromkeys(task for task, _ in curves))
-    first = next(iter(curves))
-    figure = Figure(figsize=(5 * len(tasks), 4), layout="constrained")
-    axes = figure.subplots(1, len(tasks), squeeze=False)[0]
-    for axis, name in zip(axes, tasks, strict=True):
-        for (task, seed), of in curves.items():
-            if task != name:
-                continue
-            for method in ("random search", "TPE"):
-                best = torch.tensor(of[method]).cummin(0).values
-                axis.step(
-                    range(1, len(best) + 1),
-                    best,
-                    where="post",
-                    color=COLORS[method],
-                    linewidth=1.8 if method == "random search" else 1,
-                    linestyle=":" if method == "random search" else "-",
-                    label=method if (task, seed) == first else None,
-                )
-            axis.plot(
-                *[[v] for v in of["bilevel, default"]],
-                "o",
-                color=COLORS["bilevel, default"],
-                label="bilevel, default, retrained" if (task, seed) == first else None,
-            )
-        axis.set(
-            title=name,
-            xlabel="full trainings (by CPU time)",
-            xscale="log",
-            ylabel="lowest validation loss so far",
-        )
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    figure.savefig(path, dpi=110)
+def write(path: Path, fields: tuple[str, ...], rows: list[dict]) -> None:
+    """A CSV file, six digits a number."""
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, fields, lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({k: f"{v:.6g}" if type(v) is float else v for k, v in row.items()})
 
 
 def main() -> None:
@@ -237,16 +207,15 @@ def main() -> None:
     warnings.simplefilter("ignore", HypergradientWarning)
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     settings.out.mkdir(parents=True, exist_ok=True)
-    rows, curves = [], {}
+    rows, trials = [], []
     for name, seed in tqdm([(t, s) for t in settings.tasks for s in settings.seeds]):
-        new, curves[name, seed] = rows_of(name, seed, settings.trials, settings.outer_lr)
+        new, curves = rows_of(name, seed, settings.trials, settings.outer_lr)
         rows += new
-        with open(settings.out / "against_optuna.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            writer.writeheader()
-            for row in rows:
-                writer.writerow({k: f"{v:.6g}" if type(v) is float else v for k, v in row.items()})
-        draw(curves, settings.out / "against_optuna.png")
+        for method, losses in curves.items():
+            base = {"task": name, "method": method, "seed": seed}
+            trials += [{**base, "training": i, "val_loss": v} for i, v in enumerate(losses, 1)]
+        write(settings.out / "against_optuna.csv", FIELDS, rows)
+        write(settings.out / "against_optuna_curves.csv", tuple(trials[0]), trials)
     for row in rows:
         print("  ".join(f"{row[k]:.4g}" if type(row[k]) is float else f"{row[k]}" for k in FIELDS))
 

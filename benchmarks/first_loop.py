@@ -73,13 +73,13 @@ class Settings:
     """Where the runs go."""
 
 
-def run(source: Path, replaced: dict[str, str], seed: int) -> dict[str, Any]:
-    """The variables that the program leaves behind."""
+def run(source: Path, replaced: dict[str, str], seed: int, **known: Any) -> dict[str, Any]:
+    """The variables that the program leaves behind; ``known`` are some that it finds."""
     text = source.read_text()
     for old, new in {**replaced, "manual_seed(0)": f"manual_seed({seed})"}.items():
         assert text.count(old) == 1, old
         text = text.replace(old, new)
-    names: dict[str, Any] = {"__name__": source.stem}
+    names: dict[str, Any] = {"__name__": source.stem, **known}
     with contextlib.redirect_stdout(io.StringIO()):
         exec(compile(text, source, "exec"), names)
     return names

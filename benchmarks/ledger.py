@@ -198,7 +198,7 @@ def main() -> None:
     parser.add_argument("--commands", action="store_true", help="print what made the files")
     options = parser.parse_args()
     if options.commands:
-        names = sorted(path.stem for path in RESULTS.glob("*.csv"))
+        names = sorted(path.stem for path in RESULTS.glob("*.json") if path.stem != "claims")
         print("\n".join(f"{name}: {recipe(name)['command']}" for name in names))
         return
     wrong = []

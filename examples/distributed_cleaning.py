@@ -15,11 +15,14 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
+import matplotlib.pyplot as plt
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
+from _shared.output import save_figure
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
@@ -38,6 +41,8 @@ class Settings:
     """Inner steps between two outer steps."""
     seed: int = 0
     """Of the model, and of which labels are wrong."""
+    out: Path = Path("results/distributed_cleaning.png")
+    """Where the figure goes; the first process draws it."""
 
 
 def digits(seed: int) -> tuple[Tensor, ...]:
@@ -49,6 +54,22 @@ def digits(seed: int) -> tuple[Tensor, ...]:
     labels, wrong = y[:800].clone(), torch.rand(800, generator=g) < 0.4
     labels[wrong] = (labels[wrong] + torch.randint(1, 10, (int(wrong.sum()),), generator=g)) % 10
     return x[:800], labels, wrong, x[800:1000], y[800:1000], x[1000:], y[1000:]
+
+
+def draw(weight: Tensor, wrong: Tensor, world: int, out: Path) -> None:
+    """The learned weights: the shares of all processes together, and each by itself."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    bins = [i / 20 for i in range(21)]
+    kinds = {"label right": (~wrong, "C0"), "label wrong": (wrong, "C3")}
+    for name, (chosen, color) in kinds.items():
+        axes[0].hist(weight[chosen].tolist(), bins, alpha=0.7, label=name, color=color)
+        means = [weight[r::world][chosen[r::world]].mean().item() for r in range(world)]
+        axes[1].plot(range(world), means, "o", color=color, label=name)
+    axes[0].set(xlabel="learned weight", ylabel="training images, all processes")
+    axes[0].legend(frameon=False)
+    axes[1].set(xlabel="process", ylabel="mean weight of its images", ylim=(0, 1))
+    axes[1].set_xticks(range(world))
+    save_figure(figure, out)
 
 
 def main(settings: Settings) -> None:
@@ -89,6 +110,7 @@ def main(settings: Settings) -> None:
         print(f"weight of the right labels   {weight[~wrong].mean():.3f}")
         print(f"sum of all weights           {weight.double().sum():.6f}")
         print(f"seconds                      {time.perf_counter() - start:.1f}")
+        draw(weight, wrong, world, settings.out)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
+import matplotlib.pyplot as plt
 import torch
 import tyro
+from _shared.output import save_figure
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from tqdm import tqdm
@@ -48,6 +51,8 @@ class Settings:
     """Of the adapters."""
     seed: int = 0
     """Of everything."""
+    out: Path = Path("results/lora_data_weights.png")
+    """Where the figure goes."""
 
 
 def pieces(count: int, g: torch.Generator, noise: bool) -> Tensor:
@@ -61,6 +66,19 @@ def pieces(count: int, g: torch.Generator, noise: bool) -> Tensor:
         row = torch.tensor([ord(c) - 32 for c in text[:LENGTH]])
         rows.append(row[torch.randperm(LENGTH, generator=g)] if noise else row)
     return torch.stack(rows)
+
+
+def draw(path: list[tuple[int, float, float]], out: Path) -> None:
+    """The weight of each corpus, and the loss on clean text that moved them."""
+    steps, weights, losses = zip(*path, strict=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    left.plot(steps, weights, label="clean text")
+    left.plot(steps, [1 - weight for weight in weights], "C3", label="noise")
+    left.set(xlabel="inner step", ylabel="weight of the corpus", ylim=(0, 1))
+    left.legend(frameon=False)
+    right.plot(steps, losses, "C7")
+    right.set(xlabel="inner step", ylabel="loss on held-out clean text")
+    save_figure(figure, out)
 
 
 def main(settings: Settings) -> None:
@@ -82,7 +100,7 @@ def main(settings: Settings) -> None:
         torch.optim.Adam([phi], lr=0.2),
         curvature=None if settings.exact else FiniteDifference(),
     )
-    start = time.perf_counter()
+    start, path = time.perf_counter(), []
     for step in tqdm(range(settings.steps)):
         batches = [c[torch.randint(400, (settings.batch,), generator=g)] for c in (clean, noise)]
 
@@ -92,7 +110,8 @@ def main(settings: Settings) -> None:
         optimizer.inner_step(train_loss)
         if step % settings.every == settings.every - 1:
             chosen = held_out[torch.randint(400, (settings.batch,), generator=g)]
-            optimizer.outer_step(loss_of(chosen))
+            val_loss = optimizer.outer_step(loss_of(chosen))
+            path.append((step + 1, float(phi.detach().softmax(0)[0]), float(val_loss)))
     with torch.no_grad():
         final = float(loss_of(held_out))
     print(f"adapters                {sum(p.numel() for p in adapters)} parameters")
@@ -102,6 +121,7 @@ def main(settings: Settings) -> None:
     print(f"loss on clean text      {final:.3f}")
     print(f"products of the last    {optimizer.report.matvecs}")
     print(f"seconds                 {time.perf_counter() - start:.0f}")
+    draw(path, settings.out)
 
 
 if __name__ == "__main__":

@@ -107,6 +107,19 @@ def test_readme_has_the_numbers_of_the_main_job():
         told(interval(gains) or 0.0)
 
 
+def test_lines_beside_other_libraries_are_counted():
+    assert (ROOT / "docs/results/lines.txt").read_text().splitlines() == lines.table()
+
+
+def test_programs_of_other_libraries_are_the_plain_one_with_lines_changed():
+    """What is compared is one task: the data, the network and the rates are the same lines."""
+    shared = set(lines.code_lines(lines.PLAIN)) & set(lines.code_lines(lines.OURS))
+    shared = {line for line in shared if not line.strip().startswith(("for ", "optimizer ="))}
+    for path in lines.PEERS:
+        assert shared <= set(lines.code_lines(path)), path.name
+        compile(path.read_text(), path, "exec")
+
+
 @pytest.mark.slow
 def test_the_plain_loop_runs(capsys):
     runpy.run_path(str(lines.PLAIN))

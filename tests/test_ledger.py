@@ -95,6 +95,13 @@ def test_a_number_is_found_in_an_output(docs):
         ledger.number(spec | {"find": "c (.)"})
 
 
+def test_commands_are_printed_where_curves_lie_beside_the_runs(docs, monkeypatch, capsys):
+    (docs / "results" / "cleaning_curves.csv").write_text("step\n1\n")
+    monkeypatch.setattr("sys.argv", ["ledger", "--commands"])
+    ledger.main()
+    assert capsys.readouterr().out == "cleaning: python examples/cleaning.py\n"
+
+
 def test_an_unknown_row_is_said(docs):
     spec = {
         "file": "cleaning",

@@ -9,6 +9,7 @@ from statistics import mean
 from typing import Any
 
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 
 from .intervals import shown
 from .output import print_table, save_figure
@@ -71,6 +72,17 @@ class RunLog:
         figure.legend(handles, names, loc="outside right upper", frameon=False)
         figure.suptitle(f"{title}, mean of the seeds")
         save_figure(figure, self.paths[0].with_name(f"{name}.png"))
+
+    def dots(self, axis: Axes, column: str, red: str = "learned") -> None:
+        """A line a method: a point a run, a bar at the mean; red where its name begins so."""
+        names = list(dict.fromkeys(run["method"] for run in self.runs))
+        for place, name in enumerate(names):
+            values = [float(run[column]) for run in self.select(method=name)]
+            color = "C3" if name.startswith(red) else "C7"
+            axis.plot(values, [place] * len(values), "o", color=color, alpha=0.4)
+            axis.plot(mean(values), place, "|", color="black", markersize=14)
+        axis.set_yticks(range(len(names)), names)
+        axis.invert_yaxis()
 
     def show(self, by: Sequence[str], columns: dict[str, tuple[str, str]], **where: Any) -> None:
         """Prints mean ± 95% interval for each group of seeds; columns: title -> column, format."""
