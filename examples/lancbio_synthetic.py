@@ -44,7 +44,7 @@ class Settings:
     size: int = 500
     """n, the length of x and of y."""
     steps: int = 1000
-    """Outer steps; three times as many for "soba", with one inner step each, as published."""
+    """Outer steps; three times as many for "soba" and "ttsa", with one inner step each."""
     outer_lr: float = 1.0
     """Of SGD on x; 1 as published, where some starts oscillate whatever the solver."""
     paper: bool = False
@@ -59,7 +59,16 @@ class Settings:
 
 class Synthetic(nn.Module):
     inner_lr = 1e-5  # θ_y; also 1 / λ_max
-    scale = Scale(subspace=80, step=1e-5, subbio=1e-5, damping=1.0)
+    noisy = False
+    scale = Scale(
+        subspace=80,
+        growth=(1.1, 20),
+        step=1e-5,
+        subbio=1e-5,
+        damping=1.0,
+        rates={"ttsa": 3.0, "bsa": 1.0, "f2sa": 3.0},  # from seed 100 at n = 200
+        penalty=0.01,
+    )
 
     def __init__(self, n: int, seed: int, outer_lr: float = 1.0) -> None:
         super().__init__()
@@ -75,6 +84,9 @@ class Synthetic(nn.Module):
         self.G += (GAMMA * torch.rand(n, **wide)).diag()  # D3
         self.inner = nn.Parameter(torch.randn(n, **wide))  # y
         self.outer = nn.Parameter(torch.randn(n, **wide))  # x
+
+    def draw(self) -> None:
+        """There are no batches."""
 
     def train_loss(self) -> Tensor:
         x, y = self.outer, self.inner

@@ -37,7 +37,7 @@ class Settings:
     seeds: tuple[int, ...] = (0, 1, 2)
     """One split for each."""
     steps: int = 200
-    """Outer steps; three times as many for "soba", with one inner step each."""
+    """Outer steps; three times as many for "soba" and "ttsa", with one inner step each."""
     download: bool = False
     """Take 20 Newsgroups, and fetch it."""
     resume: bool = False
@@ -50,7 +50,8 @@ class Settings:
 
 class Penalties(nn.Module):
     inner_lr = 0.1
-    scale = Scale(subspace=10, step=0.1, subbio=0.05, damping=0.02)
+    noisy = False
+    scale = Scale(subspace=10, growth=(1.3, 10), step=0.1, subbio=0.05, damping=0.02)
 
     def __init__(self, s: Settings, seed: int) -> None:
         super().__init__()
@@ -66,6 +67,9 @@ class Penalties(nn.Module):
         self.train_set, self.val_set, self.test_set = ((x[i], y[i]) for i in parts)
         self.inner = nn.Parameter(torch.zeros(int(y.max()) + 1, x.shape[1] + 1))  # bias last
         self.outer = nn.Parameter(torch.full((x.shape[1],), -5.0))  # log of the penalties
+
+    def draw(self) -> None:
+        """There are no batches."""
 
     def train_loss(self) -> Tensor:
         x, y = self.train_set
