@@ -35,7 +35,7 @@ from pathlib import Path
 
 import torch
 import tyro
-from _shared.linear_cleaning import Cleaning, Task
+from _shared.linear_cleaning import BASELINES, Baseline, Cleaning, Task
 from _shared.runlog import RunLog
 from _shared.single_loop import METHODS, Method, run
 
@@ -46,6 +46,10 @@ class Settings(Task):
 
     methods: tuple[Method, ...] = METHODS
     """How the linear system is solved; "soba" is the method, "cg-warm-1" one warm CG step."""
+    baselines: tuple[Baseline, ...] = BASELINES
+    """Rows without bilevel optimization."""
+    alone: bool = True
+    """Fit the model anew to its optimum with the learned weights."""
     seeds: tuple[int, ...] = (0,)
     """One whole experiment for each."""
     steps: int = 50
@@ -75,14 +79,15 @@ def measure(problem: Cleaning) -> dict[str, float]:
 def experiment(s: Settings, log: RunLog, noise: float, seed: int) -> None:
     """All methods on one split."""
     where = {"data": s.data, "noise": noise, "seed": seed}
-    if not log.has({"method": "oracle weights", **where}):
-        problem, began = Cleaning(s, seed, noise), time.process_time()
-        for name, theta in problem.baselines():
+    problem = Cleaning(s, seed, noise)
+    for name in s.baselines:
+        if not log.has({"method": name, **where}):
+            began = time.process_time()
+            theta = problem.baseline(name)
             results = {"validation_loss": problem.whole_val_loss(theta)}
             results |= {"accuracy": problem.accuracy(theta)}
             results |= {"outer_steps": 0, "products": 0, "cpu_s": time.process_time() - began}
             log.add({"method": name, **where}, results)
-            began = time.process_time()
     for method in s.methods:
         problem = Cleaning(s, seed, noise)
         factors = {"method": method, **where, "outer_lr": problem.outer_lr, "steps": s.steps}
@@ -90,7 +95,7 @@ def experiment(s: Settings, log: RunLog, noise: float, seed: int) -> None:
             torch.manual_seed(seed)  # strategies take their seed here
             look = partial(measure, problem)
             cost, curve = run(problem, method, s.steps, look, inner_steps=s.inner_steps)
-            log.add(factors, cost | problem.scores(), curve)
+            log.add(factors, cost | problem.scores(s.alone), curve)
 
 
 def draw(s: Settings, log: RunLog) -> None:

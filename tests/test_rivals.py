@@ -1,6 +1,7 @@
 """The rivals of the LancBiO examples on quadratics of known optimum."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -105,3 +106,23 @@ def test_the_growing_subspace_solves(shared, safeguard):
     for _ in range(20):
         x = strategy.solution(Dense(A), TARGET).x
     assert (x - torch.linalg.solve(A, TARGET)).norm() < 1e-8
+
+
+def test_newsgroups_are_read(shared, monkeypatch):
+    """As scikit-learn hands them over; the real ones have to be fetched."""
+    texts = {"train": ["cats purr", "dogs bark", "cats sleep", "dogs purr"], "test": ["dogs sleep"]}
+    topics = {"train": [0, 1, 0, 1], "test": [1]}
+
+    def fetch(subset, remove):
+        assert remove == ("headers", "footers", "quotes")
+        return SimpleNamespace(data=texts[subset], target=topics[subset])
+
+    monkeypatch.setattr("sklearn.datasets.fetch_20newsgroups", fetch)
+    import lancbio_text
+
+    x, y, tested = lancbio_text.newsgroups()
+    assert x.shape == (5, 5)  # bark, cats, dogs, purr, sleep
+    assert y.tolist() == [0, 1, 0, 1, 1]
+    assert tested.tolist() == [False, False, False, False, True]
+    problem = lancbio_text.Penalties(lancbio_text.Settings(download=True), seed=0)
+    assert len(problem.test_set[1]) == 1

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,11 @@ from .single_loop import Scale
 
 MEAN, DEVIATION = 0.1307, 0.3081  # of MNIST's pixels; the public code has them for every set
 PENALTY = 0.01  # λ of λ‖θ‖²
+
+Baseline = Literal[
+    "none", "none, stopped", "clean alone", "all together", "oracle", "oracle weights"
+]
+BASELINES: tuple[Baseline, ...] = get_args(Baseline)
 
 
 @dataclass(frozen=True)
@@ -95,28 +100,33 @@ class Cleaning(nn.Module):
         guess = logits(theta.detach(), self.test_x).argmax(1)
         return (guess == self.test_y).float().mean().item()
 
-    def scores(self) -> dict[str, float]:
+    def scores(self, refit: bool) -> dict[str, float]:
         """At the end of a run."""
         weights = self.outer.detach().sigmoid()
-        alone = fitted(self.x, self.labels, weights)
-        return {
+        found = {
             "validation_loss": self.whole_val_loss(self.inner),
             "accuracy": self.accuracy(self.inner),
-            "accuracy_alone": self.accuracy(alone),
             "weight_correct": weights[~self.wrong].mean().item(),
             "weight_wrong": weights[self.wrong].mean().item(),
         }
+        if refit:
+            found["accuracy_alone"] = self.accuracy(fitted(self.x, self.labels, weights))
+        return found
 
-    def baselines(self) -> Iterator[tuple[str, Tensor]]:
-        """Names and heads of models without learned weights."""
+    def baseline(self, name: Baseline) -> Tensor:
+        """The head of a model without learned weights."""
         right = ~self.wrong
-        yield "none", fitted(self.x, self.labels)
-        yield "none, stopped", self.stopped()
-        yield "clean alone", fitted(self.clean_x, self.clean_y)
-        both = torch.cat([self.x, self.clean_x]), torch.cat([self.labels, self.clean_y])
-        yield "all together", fitted(*both)
-        yield "oracle", fitted(self.x[right], self.labels[right])
-        yield "oracle weights", fitted(self.x, self.labels, right.float())
+        if name == "none":
+            return fitted(self.x, self.labels)
+        if name == "none, stopped":
+            return self.stopped()
+        if name == "clean alone":
+            return fitted(self.clean_x, self.clean_y)
+        if name == "oracle":
+            return fitted(self.x[right], self.labels[right])
+        if name == "oracle weights":
+            return fitted(self.x, self.labels, right.float())
+        return fitted(torch.cat([self.x, self.clean_x]), torch.cat([self.labels, self.clean_y]))
 
     def stopped(self, steps: int = 150) -> Tensor:
         """Plain gradient descent on the given labels, where the validation loss is lowest."""
