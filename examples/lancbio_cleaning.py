@@ -2,7 +2,7 @@
 
     python examples/lancbio_cleaning.py
     python examples/lancbio_cleaning.py --data mnist --data-root PATH --seeds 0 1 2
-    python examples/lancbio_cleaning.py --data fashion --data-root PATH --seeds 0 1 2
+    python examples/lancbio_cleaning.py --data fashion --data-root PATH --inner-lr 0.03
     python examples/lancbio_cleaning.py --data mnist --data-root PATH --seeds 0 1 2 --train 20000 \
         --batch 256 --inner-steps 3 --steps 1000
 
@@ -91,6 +91,7 @@ def experiment(s: Settings, log: RunLog, noise: float, seed: int) -> None:
     for method in s.methods:
         problem = Cleaning(s, seed, noise)
         factors = {"method": method, **where, "outer_lr": problem.outer_lr, "steps": s.steps}
+        factors |= {"inner_lr": problem.inner_lr}
         if not log.has(factors):
             torch.manual_seed(seed)  # strategies take their seed here
             look = partial(measure, problem)
@@ -118,7 +119,7 @@ def main(s: Settings) -> None:
         "products": ("products", ".0f"),
         "CPU s": ("cpu_s", ".1f"),
     }
-    log.show(("noise", "outer_steps", "method"), columns, data=s.data)
+    log.show(("noise", "inner_lr", "outer_steps", "method"), columns, data=s.data)
     draw(s, log)
 
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from functools import partial
+from math import log10
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,8 @@ class Synthetic(nn.Module):
 
 
 def measure(problem: Synthetic) -> dict[str, float]:
-    return {"hypergradient_norm": problem.hypergradient().norm().item()}
+    norm = problem.hypergradient().norm().item()
+    return {"hypergradient_norm": norm, "hypergradient_log10": log10(norm)}
 
 
 def draw(s: Settings, log: RunLog) -> None:
@@ -141,6 +143,7 @@ def main(s: Settings) -> None:
             log.add(factors, cost | measure(problem), curve)
     columns = {
         "true hypergradient": ("hypergradient_norm", ".2e"),
+        "log10 of it": ("hypergradient_log10", ".2f"),
         "||Av - b||": ("residual", ".2e"),
         "median ||Av - b||": ("residual_median", ".2e"),
         "products": ("products", ".0f"),

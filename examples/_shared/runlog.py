@@ -78,7 +78,7 @@ class RunLog:
         """Prints mean ± 95% interval for each group of seeds; columns: title -> column, format."""
         groups: dict[tuple[str, ...], list[Row]] = {}
         for run in self.select(**where):
-            groups.setdefault(tuple(str(run[c]) for c in by), []).append(run)
+            groups.setdefault(tuple(str(run.get(c, "")) for c in by), []).append(run)
         rows = [
             [" ".join(group), *(_cell(runs, *column) for column in columns.values())]
             for group, runs in groups.items()
