@@ -154,6 +154,7 @@ def draw(s: Settings, log: RunLog) -> None:
             axis.plot(*zip(*points, strict=True), style, color=colours[i], label=method)
         axis.set(yscale="log", xlabel="CPU seconds", ylabel=label)
         axis.grid(alpha=0.3)
+    axes[1].set_ylim(top=min(axes[1].get_ylim()[1], 1.0))  # BSA may leave it
     handles, names = axes[1].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside right upper", frameon=False)
     save_figure(figure, s.out / "lancbio_text.png")
@@ -177,7 +178,7 @@ def main(s: Settings) -> None:
             log.add(factors, cost | problem.scores(), curve)
     columns = {
         "test accuracy": ("accuracy", ".4f"),
-        "validation loss": ("validation_loss", ".4f"),
+        "validation loss": ("validation_loss", ".3g"),
         "||Av - b||": ("residual", ".2g"),
         "products": ("products", ".0f"),
         "CPU s": ("cpu_s", ".1f"),
