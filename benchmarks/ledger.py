@@ -35,7 +35,7 @@ from scipy.stats import t as student
 DOCS = Path(__file__).parent.parent / "docs"
 RESULTS = DOCS / "results"
 Row = Mapping[str, str]
-_MARKER = re.compile(r"(<!-- (table: [\w/.-]+|ledger) -->\n).*?(<!-- end -->)", re.DOTALL)
+_MARKER = re.compile(r"(<!-- (table: [^\n]+?|ledger) -->\n).*?(<!-- end -->)", re.DOTALL)
 _BLOCK = re.compile(r"(?:<!-- from: (\S+) -->\n+)?```text\n(.*?)```", re.DOTALL)
 
 

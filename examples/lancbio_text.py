@@ -1,7 +1,7 @@
 """One penalty a feature for logistic regression, with LancBiO and its rivals.
 
     python examples/lancbio_text.py
-    python examples/lancbio_text.py --download
+    python examples/lancbio_text.py --download        # 20 Newsgroups, through scikit-learn
 
 The text task of Yang, Gao & Yuan, ICLR 2025: the inner problem is multinomial logistic regression
 with ½ Σ exp(φ_j) θ_j², the outer loss that of validation texts. 20 Newsgroups has to be fetched;
@@ -37,7 +37,7 @@ class Settings:
     seeds: tuple[int, ...] = (0, 1, 2)
     """One split for each."""
     steps: int = 200
-    """Outer steps; three times as many for "soba", with one inner step each."""
+    """Outer steps; three times as many for "soba" and "ttsa", with one inner step each."""
     download: bool = False
     """Take 20 Newsgroups, and fetch it."""
     resume: bool = False
@@ -50,7 +50,15 @@ class Settings:
 
 class Penalties(nn.Module):
     inner_lr = 0.1
-    scale = Scale(subspace=10, step=0.1, subbio=0.05, damping=0.02)
+    noisy = False
+    scale = Scale(
+        subspace=10,
+        growth=(1.3, 10),
+        step=0.1,
+        subbio=0.05,
+        damping=0.02,
+        rates={"ttsa": 10.0, "bsa": 3.0, "f2sa": 1.0},  # from 50 steps with seed 100
+    )
 
     def __init__(self, s: Settings, seed: int) -> None:
         super().__init__()
@@ -66,6 +74,9 @@ class Penalties(nn.Module):
         self.train_set, self.val_set, self.test_set = ((x[i], y[i]) for i in parts)
         self.inner = nn.Parameter(torch.zeros(int(y.max()) + 1, x.shape[1] + 1))  # bias last
         self.outer = nn.Parameter(torch.full((x.shape[1],), -5.0))  # log of the penalties
+
+    def draw(self) -> None:
+        """There are no batches."""
 
     def train_loss(self) -> Tensor:
         x, y = self.train_set
@@ -133,16 +144,18 @@ def newsgroups() -> tuple[Tensor, Tensor, Tensor]:
 
 def draw(s: Settings, log: RunLog) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    colours = plt.get_cmap("tab20").colors
+    colours, looks = plt.get_cmap("tab20").colors, list(log.curves("cpu_s", "validation_loss"))
     for axis, y, label in zip(
         axes, ("residual", "validation_loss"), ("||Av - b||", "validation loss"), strict=True
     ):
-        for i, (method, points) in enumerate(log.curves("cpu_s", y).items()):
+        for method, points in log.curves("cpu_s", y).items():
+            i = looks.index(method)
             style = "--" if i % 2 else "-"
             axis.plot(*zip(*points, strict=True), style, color=colours[i], label=method)
         axis.set(yscale="log", xlabel="CPU seconds", ylabel=label)
         axis.grid(alpha=0.3)
-    handles, names = axes[0].get_legend_handles_labels()
+    axes[1].set_ylim(top=min(axes[1].get_ylim()[1], 1.0))  # BSA may leave it
+    handles, names = axes[1].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside right upper", frameon=False)
     save_figure(figure, s.out / "lancbio_text.png")
 
@@ -165,7 +178,7 @@ def main(s: Settings) -> None:
             log.add(factors, cost | problem.scores(), curve)
     columns = {
         "test accuracy": ("accuracy", ".4f"),
-        "validation loss": ("validation_loss", ".4f"),
+        "validation loss": ("validation_loss", ".3g"),
         "||Av - b||": ("residual", ".2g"),
         "products": ("products", ".0f"),
         "CPU s": ("cpu_s", ".1f"),

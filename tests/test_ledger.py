@@ -56,6 +56,17 @@ def test_a_table_has_means_and_intervals_by_students_t(docs):
     assert plain == "| plain | 0.820 ± 0.050 | none |"
 
 
+def test_a_table_of_any_name_is_filled(docs):
+    path = docs / "results" / "cleaning.json"
+    recipe = json.loads(path.read_text())
+    recipe["tables"] = {"n = 3, noise 50%": recipe["tables"]["half"]}
+    path.write_text(json.dumps(recipe))
+    ledger.recipe.cache_clear()
+    page = docs / "page.md"
+    page.write_text("<!-- table: cleaning/n = 3, noise 50% -->\n<!-- end -->\n")
+    assert "| ours | 0.920 ± 0.025 | all |" in ledger.rewritten(page)
+
+
 def test_a_claim_pairs_its_differences_by_seed(docs):
     assert "gain: 0.100 ± 0.025" in ledger.ledger()[2]  # .11, .09, .10, whatever their order
 

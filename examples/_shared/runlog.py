@@ -58,17 +58,19 @@ class RunLog:
         """Two columns of y, with their labels, against products and CPU seconds; ``name.png``."""
         figure, axes = plt.subplots(2, 2, figsize=(11, 7), sharey="row", layout="constrained")
         colours = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
+        looks = dict.fromkeys(p["method"] for p in self.points if _agree(p, where))
+        looks = {m: ("--" if i % 2 else "-", colours[i]) for i, m in enumerate(looks)}
         for row, (column, label) in enumerate(y.items()):
             for axis, x in zip(axes[row], ("products", "cpu_s"), strict=True):
-                for i, (method, points) in enumerate(self.curves(x, column, **where).items()):
-                    style = "--" if i % 2 else "-"
-                    axis.plot(*zip(*points, strict=True), style, color=colours[i], label=method)
+                for method, points in self.curves(x, column, **where).items():
+                    style, colour = looks[method]
+                    axis.plot(*zip(*points, strict=True), style, color=colour, label=method)
                 axis.set(yscale="log", xscale="log")
                 axis.grid(alpha=0.3)
             axes[row, 0].set_ylabel(label)
         axes[1, 0].set_xlabel("products")
         axes[1, 1].set_xlabel("CPU seconds")
-        handles, names = axes[0, 0].get_legend_handles_labels()
+        handles, names = axes[1, 0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside right upper", frameon=False)
         figure.suptitle(f"{title}, mean of the seeds")
         save_figure(figure, self.paths[0].with_name(f"{name}.png"))
@@ -88,7 +90,7 @@ class RunLog:
         """Prints mean ± 95% interval for each group of seeds; columns: title -> column, format."""
         groups: dict[tuple[str, ...], list[Row]] = {}
         for run in self.select(**where):
-            groups.setdefault(tuple(str(run[c]) for c in by), []).append(run)
+            groups.setdefault(tuple(str(run.get(c, "")) for c in by), []).append(run)
         rows = [
             [" ".join(group), *(_cell(runs, *column) for column in columns.values())]
             for group, runs in groups.items()
