@@ -96,12 +96,13 @@ def _model(inputs: int, hidden: int, seed: int) -> nn.Module:
     return nn.Sequential(nn.Linear(inputs, hidden), nn.Tanh(), nn.Linear(hidden, 10))
 
 
-def images(data: str) -> tuple[Tensor, Tensor]:
+def images(data: str, split: str = "train") -> tuple[Tensor, Tensor]:
+    """Images (n, d) in [0, 1] and labels (n,); the split "train" or "t10k" of a MNIST folder."""
     if data == "digits":
         digits = load_digits()
         return torch.tensor(digits.data / 16, dtype=torch.float32), torch.tensor(digits.target)
-    images = _idx(Path(data), "train-images-idx3-ubyte", header=16).reshape(-1, 784)
-    return images.float() / 255, _idx(Path(data), "train-labels-idx1-ubyte", header=8).long()
+    images = _idx(Path(data), f"{split}-images-idx3-ubyte", header=16).reshape(-1, 784)
+    return images.float() / 255, _idx(Path(data), f"{split}-labels-idx1-ubyte", header=8).long()
 
 
 def _idx(root: Path, name: str, header: int) -> Tensor:
