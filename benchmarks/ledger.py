@@ -198,7 +198,8 @@ def main() -> None:
     parser.add_argument("--commands", action="store_true", help="print what made the files")
     options = parser.parse_args()
     if options.commands:
-        names = sorted(path.stem for path in RESULTS.glob("*.csv"))
+        made = [path for path in RESULTS.glob("*.csv") if path.with_suffix(".json").exists()]
+        names = sorted(path.stem for path in made)  # not the curves, which came with their runs
         print("\n".join(f"{name}: {recipe(name)['command']}" for name in names))
         return
     wrong = []

@@ -2,7 +2,7 @@
 
     python examples/imaml.py
     python examples/imaml.py --methods cg nystrom --shots 5
-    python examples/imaml.py --data omniglot --data-root PATH --steps 600 --seeds 0 1 2
+    python examples/imaml.py --data omniglot --data-root PATH --seeds 0 1 2
 
 A task shows a few images of each of five classes and asks for the classes of others. The inner
 problem fits a network θ to the shown images and holds it near the prior φ, by λ/2·‖θ - φ‖²; the
@@ -93,14 +93,14 @@ class Settings:
     """Tasks of an outer step."""
     inner_steps: int = 10
     """SGD steps on a task, from the prior."""
-    inner_lr: float = 0.1
+    inner_lr: float = 0.3
     """Inner learning rate."""
-    lam: float = 2.0
+    lam: float = 0.02
     """λ of the proximal term."""
     damping: float | None = None
     """ρ of cg, nystrom, neumann and identity; the default is λ, with which they solve what they
-    should. Table 3 has .01."""
-    outer_lr: float = 4e-3
+    should. Table 3 was made with .01."""
+    outer_lr: float = 0.01
     """Of Adam; it falls to zero along a cosine."""
     channels: int = 16
     """Of each of the four convolutions."""

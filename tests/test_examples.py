@@ -132,7 +132,7 @@ def test_imaml_solves_each_task(monkeypatch):
 
     from hyperopt_torch import BilevelOptimizer, ConjugateGradient, GaussNewton
 
-    s = imaml.Settings(channels=4, tasks=2, inner_steps=5)
+    s = imaml.Settings(channels=4, tasks=2, inner_steps=5, lam=2.0)
     data = load_few_shot("digits")
     task = data.train.tasks(2, s.ways, 1, s.queries, torch.Generator().manual_seed(0))
     monkeypatch.setitem(
