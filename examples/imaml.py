@@ -46,18 +46,19 @@ from hyperopt_torch import (
 )
 from hyperopt_torch.functional import hypergradient
 
-# The Hessian λI of the proximal term is known: the solvers get it as their damping, and with it
-# the products of one hypergradient, the closing one included.
+# The Hessian λI of the proximal term is known: the solvers get it as their damping. With each, the
+# products of one hypergradient: the closing one counts, which CG does without.
 SOLVERS: dict[str, tuple[Callable[[float], IHVP], int]] = {
-    "cg": (lambda damping: ConjugateGradient(5, tol=0.0, damping=damping), 6),
+    "cg": (lambda damping: ConjugateGradient(5, tol=0.0, damping=damping), 5),
     "nystrom": (lambda damping: Nystrom(10, damping=damping), 11),
-    "neumann": (lambda damping: Neumann(5, damping=damping), 6),
+    "neumann": (lambda damping: Neumann(5, damping=damping), 14),  # eight find its scale
     "identity": (lambda damping: Identity(1 / damping), 1),
 }
 Method = Literal["default", "cg", "nystrom", "neumann", "identity", "unrolled", "maml",
                  "first-order", "reptile", "prototypes", "untrained"]  # fmt: skip
 WITHOUT_PULL = ("maml", "first-order", "reptile")
-FACTORS = ("steps", "tasks", "inner_steps", "inner_lr", "lam", "damping", "outer_lr", "channels")
+FACTORS = ("data", "validate", "steps", "tasks", "inner_steps", "inner_lr", "lam", "damping",
+           "outer_lr", "channels")  # fmt: skip
 COLUMNS = {
     "accuracy": ("accuracy", ".3f"),
     "± over tasks": ("interval_over_tasks", ".3f"),

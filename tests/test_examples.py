@@ -132,11 +132,11 @@ def test_imaml_solves_each_task(monkeypatch):
 
     from hyperopt_torch import BilevelOptimizer, ConjugateGradient, GaussNewton
 
-    s = imaml.Settings(channels=4, tasks=2, inner_steps=5, lam=2.0)
+    s = imaml.Settings(channels=4, tasks=2, inner_steps=2, lam=2.0)
     data = load_few_shot("digits")
     task = data.train.tasks(2, s.ways, 1, s.queries, torch.Generator().manual_seed(0))
     monkeypatch.setitem(
-        imaml.SOLVERS, "cg", (lambda rho: ConjugateGradient(60, tol=0.0, damping=rho), 61)
+        imaml.SOLVERS, "cg", (lambda rho: ConjugateGradient(30, tol=0.0, damping=rho), 30)
     )
     each = imaml.Learner("cg", 0, data.width, s)
     found = each.gradients(task)
@@ -145,7 +145,7 @@ def test_imaml_solves_each_task(monkeypatch):
     whole.bilevel = BilevelOptimizer(
         whole.bilevel.inner,
         whole.bilevel.outer,
-        ihvp=ConjugateGradient(60, tol=1e-7),
+        ihvp=ConjugateGradient(30, tol=1e-7),
         curvature=GaussNewton(),
     )
     a, b = (torch.cat([g.flatten() for g in parts]) for parts in (found, whole.gradients(task)))
@@ -156,6 +156,31 @@ def test_imaml_solves_each_task(monkeypatch):
     first.lam = s.lam  # the same fitted networks
     for a, b in zip(identity.gradients(task), first.gradients(task), strict=True):
         assert torch.allclose(a, b, atol=1e-6)  # x = b / λ is MAML of first order
+
+
+def test_imaml_counts_its_products(monkeypatch):
+    """imaml.py: under vmap there is no report, so the table has them from SOLVERS."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import imaml
+    from _shared.fewshot import load_few_shot
+
+    from hyperopt_torch import functional
+
+    operators = []
+
+    class Counted(functional._PullbackOperator):
+        def __init__(self, *args):
+            super().__init__(*args)
+            operators.append(self)
+
+    monkeypatch.setattr(functional, "_PullbackOperator", Counted)
+    s = imaml.Settings(channels=4, tasks=2, inner_steps=1)
+    data = load_few_shot("digits")
+    task = data.train.tasks(2, s.ways, 1, s.queries, torch.Generator().manual_seed(0))
+    for name, (_, products) in imaml.SOLVERS.items():
+        operators.clear()
+        imaml.Learner(name, 0, data.width, s).gradients(task)
+        assert [operator.matvecs for operator in operators] == [products], name
 
 
 def test_zeroth_order_is_the_slope_along_u(monkeypatch):
