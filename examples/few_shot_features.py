@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass, replace
-from math import inf, sqrt
+from math import sqrt
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Literal
 
 import matplotlib.pyplot as plt
@@ -26,10 +26,12 @@ import torch
 import torch.nn.functional as F
 import tyro
 from _shared.checkpoint import Checkpoint, Stream
-from _shared.estimators import COLUMNS, METHODS, Method, Run, cells, direct_term, make_estimator
+from _shared.estimators import METHODS, Method, Run, direct_term, make_estimator
+from _shared.features import FewShotNet
 from _shared.fewshot import FewShot, FewShotSource, Task, load_few_shot
-from _shared.output import print_table, save_figure, save_rows
-from torch import Tensor, nn
+from _shared.output import save_figure
+from _shared.runlog import RunLog
+from torch import Tensor
 from tqdm import tqdm
 
 from hyperopt_torch import BilevelOptimizer
@@ -38,6 +40,7 @@ INNER_LR, MOMENTUM, PENALTY = 0.01, 0.9, 0.2  # of SGD on the head; λ of ½λ�
 OUTER_LR, DROPS = 0.01, ((1500, 0.1), (3500, 0.01))  # of Adam; (step, factor from there on)
 SMOOTHING = 0.1  # μ of PZOBO
 QUERIES = 10  # images of each class that a task asks for
+SIZES = ("ways", "shots", "inner_steps", "outer_steps", "meta_batch")
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,8 @@ class Settings:
     """Folder of omniglot28.npz and omniglot_splits."""
     methods: tuple[Method, ...] = METHODS
     """Ways to the hypergradient; "fixed-point" is a Neumann series, a term for each inner step."""
-    backbone: Literal["conv4", "resnet12"] = "conv4"
-    """The body."""
+    backbone: Literal["conv4", "strided", "resnet12"] = "conv4"
+    """The body; "strided" is conv4 with strides in place of pooling, at a quarter of the cost."""
     channels: int = 16
     """Of each convolution of conv4, or of the first block of resnet12."""
     start: Literal["zero", "mean"] = "zero"
@@ -70,8 +73,8 @@ class Settings:
     """Test tasks, looked at once, at the end."""
     paper: bool = False
     """Published values (PAPER in the script) for the options that are left at their defaults."""
-    seed: int = 0
-    """Of the network, of the tasks and of PZOBO's directions."""
+    seeds: tuple[int, ...] = (0,)
+    """Of the network, of the tasks and of PZOBO's directions; a run for each."""
     threads: int = 1
     """CPU threads."""
     resume: bool = False
@@ -83,56 +86,7 @@ class Settings:
 PAPER = {"channels": 64, "start": "mean", "inner_steps": 50, "outer_steps": 5000, "meta_batch": 16}
 
 
-class Residual(nn.Module):
-    """A block of ResNet-12: three convolutions, a shortcut, pooling."""
-
-    def __init__(self, inputs: int, channels: int, pool: int) -> None:
-        super().__init__()
-
-        def convolution(inputs: int, width: int) -> list[nn.Module]:
-            norm = nn.BatchNorm2d(channels, track_running_stats=False)
-            return [nn.Conv2d(inputs, channels, width, padding=width // 2, bias=False), norm]
-
-        self.main = nn.Sequential(
-            *(*convolution(inputs, 3), nn.LeakyReLU(0.1)),
-            *(*convolution(channels, 3), nn.LeakyReLU(0.1)),
-            *convolution(channels, 3),
-        )
-        self.shortcut = nn.Sequential(*convolution(inputs, 1))
-        self.pool = nn.MaxPool2d(pool)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.pool(F.leaky_relu(self.main(x) + self.shortcut(x), 0.1))
-
-
-class Learner(nn.Module):
-    """A body φ of four blocks for images of ``width``, and a head θ for the task at hand."""
-
-    def __init__(self, s: Settings, width: int) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        inputs, channels = 1, s.channels
-        for block in range(4):
-            pool = 2 if width > 1 else 1
-            if s.backbone == "resnet12":
-                channels = s.channels * 2**block
-                layers.append(Residual(inputs, channels, pool))
-            else:
-                norm = nn.BatchNorm2d(channels, track_running_stats=False)
-                conv = nn.Conv2d(inputs, channels, 3, padding=1)
-                layers += [conv, norm, nn.ReLU(), nn.MaxPool2d(pool)]
-            inputs, width = channels, width // pool
-        self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.head = nn.Linear(channels, s.ways)
-        self.first = nn.Linear(channels, s.ways)  # where the head of every task starts
-        for p in self.first.parameters():
-            nn.init.zeros_(p)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.body(x))
-
-
-def adapt(learner: Learner, optimizer: BilevelOptimizer, task: Task, s: Settings) -> None:
+def adapt(learner: FewShotNet, optimizer: BilevelOptimizer, task: Task, s: Settings) -> None:
     """The inner problem: a new head for the images that the task shows."""
 
     def train_loss() -> Tensor:
@@ -147,7 +101,7 @@ def adapt(learner: Learner, optimizer: BilevelOptimizer, task: Task, s: Settings
 
 
 def accuracies(
-    learner: Learner, optimizer: BilevelOptimizer, data: FewShot, s: Settings
+    learner: FewShotNet, optimizer: BilevelOptimizer, data: FewShot, s: Settings
 ) -> list[float]:
     """On test tasks, the same ones for all methods."""
     draws, results = torch.Generator().manual_seed(1_000_003), []
@@ -160,10 +114,10 @@ def accuracies(
     return results
 
 
-def train(data: FewShot, method: Method, s: Settings) -> Run:
-    torch.manual_seed(s.seed)
-    draws = torch.Generator().manual_seed(s.seed)
-    learner = Learner(s, data.width)
+def train(data: FewShot, method: Method, seed: int, s: Settings) -> Run:
+    torch.manual_seed(seed)
+    draws = torch.Generator().manual_seed(seed)
+    learner = FewShotNet(s.backbone, s.channels, s.ways, data.width)
     outer = list(learner.body.parameters())
     # The bilevel lines: the head is the inner level, the body the outer one.
     optimizer = BilevelOptimizer(
@@ -172,10 +126,10 @@ def train(data: FewShot, method: Method, s: Settings) -> Run:
         estimator=make_estimator(method, s.inner_steps, INNER_LR, SMOOTHING),
     )
     checkpoint = Checkpoint(
-        s.out / "few_shot_features" / f"{s.data}-{s.backbone}-{method}-{s.seed}.pt",
+        s.out / "few_shot_features" / f"{s.data}-{s.backbone}-{method}-{seed}.pt",
         learner=learner, optimizer=optimizer, draws=Stream(draws),
     )  # fmt: skip
-    unimportant = ("methods", "paper", "resume", "threads", "out", "data_root")
+    unimportant = ("methods", "seeds", "paper", "resume", "threads", "out", "data_root")
     kept = {k: str(v) for k, v in asdict(s).items() if k not in unimportant}
     done, run = Run.load(checkpoint, kept) if s.resume else (0, Run())
     if run.test:
@@ -183,7 +137,7 @@ def train(data: FewShot, method: Method, s: Settings) -> Run:
     every = max(1, s.outer_steps // 20)
     bar = tqdm(range(done, s.outer_steps), method, s.outer_steps, initial=done)
     for step in bar:
-        start = time.perf_counter()
+        start = time.process_time()
         factor = [1.0, *(f for at, f in DROPS if step >= at)][-1]
         optimizer.outer.param_groups[0]["lr"] = OUTER_LR * factor
         loss, heads = 0.0, []
@@ -199,6 +153,7 @@ def train(data: FewShot, method: Method, s: Settings) -> Run:
                 pairs = zip(direct, direct_term(query_loss, outer), strict=True)
                 direct = [a + b for a, b in pairs]
             loss += optimizer.accumulate(query_loss).item()
+            run.count(optimizer.report)
         optimizer.outer.step()
         if s.start == "mean":
             for p, of_tasks in zip(
@@ -206,8 +161,9 @@ def train(data: FewShot, method: Method, s: Settings) -> Run:
             ):
                 p.data = torch.stack(of_tasks).mean(0)
         run.losses.append(loss)
-        run.seconds += time.perf_counter() - start
-        run.look(optimizer.report, outer, direct)
+        run.seconds += time.process_time() - start
+        if direct:
+            run.look(outer, direct)
         bar.set_postfix_str(f"outer loss {loss:.4g}")
         if (step + 1) % every == 0:
             checkpoint.save(step + 1, run=asdict(run), settings=kept)
@@ -217,12 +173,25 @@ def train(data: FewShot, method: Method, s: Settings) -> Run:
     return run
 
 
-def draw(runs: dict[Method, Run], s: Settings, name: str) -> None:
+def row(run: Run, s: Settings) -> dict[str, float | int | None]:
+    """What a run came to."""
+    several = len(run.test) > 1
+    return {
+        "outer_loss_start": run.losses[0],
+        "outer_loss": run.late_loss,
+        "accuracy": mean(run.test),
+        "interval_over_tasks": 1.96 * stdev(run.test) / sqrt(len(run.test)) if several else None,
+        "second_over_direct": median(run.ratios),
+        "products": run.products,
+        "gradients": run.gradients,
+        "cpu_s": run.seconds,
+    }
+
+
+def draw(s: Settings, log: RunLog, name: str) -> None:
     figure, axis = plt.subplots(figsize=(5.2, 3.8), layout="constrained")
-    width = max(1, s.outer_steps // 20)
-    for method, run in runs.items():
-        smooth = torch.tensor(run.losses).unfold(0, width, 1).mean(1)
-        axis.plot(range(width, len(run.losses) + 1), smooth, label=method, lw=1.3)
+    for method, points in log.curves("step", "outer_loss").items():
+        axis.plot(*zip(*points, strict=True), label=method, lw=1.3)
     axis.set(xlabel=f"outer steps of {s.meta_batch} tasks", ylabel="outer loss", yscale="log")
     axis.set_title(f"{name}, {s.ways}-way {s.shots}-shot", fontsize=11)
     axis.grid(alpha=0.3)
@@ -230,28 +199,40 @@ def draw(runs: dict[Method, Run], s: Settings, name: str) -> None:
     save_figure(figure, s.out / "few_shot_features.png")
 
 
+COLUMNS = {
+    "start": ("outer_loss_start", ".3f"),
+    "outer loss": ("outer_loss", ".3f"),
+    "test accuracy": ("accuracy", ".3f"),
+    "± over tasks": ("interval_over_tasks", ".3f"),
+    "|second|/|direct|": ("second_over_direct", ".2g"),
+    "products": ("products", ".0f"),
+    "gradients": ("gradients", ".0f"),
+    "CPU s": ("cpu_s", ".1f"),
+}
+
+
 def main(s: Settings) -> None:
-    start = time.perf_counter()
     torch.set_num_threads(s.threads)
     if s.paper:
         usual = asdict(Settings())
         s = replace(s, **{k: v for k, v in PAPER.items() if getattr(s, k) == usual[k]})
-    data = load_few_shot(s.data, s.data_root)
+    data, log = load_few_shot(s.data, s.data_root), RunLog(s.out, "few_shot_features", s.resume)
     data.check(s.ways, s.shots + QUERIES)
     print(f"{data.name}: {len(data.train.images)} classes to learn from, "
           f"{len(data.test.images)} new ones for tests")  # fmt: skip
-    runs = {m: train(data, m, s) for m in s.methods}
-    print(f"\n{s.test_tasks} test tasks; ±: 95% interval over tasks, one trained body")
-    header = ["", "start", "outer loss", "test accuracy", "±", *COLUMNS]
-    rows = []
-    for method, run in runs.items():
-        half = 1.96 * stdev(run.test) / sqrt(len(run.test)) if run.test[1:] else inf
-        numbers = [run.losses[0], run.late_loss, mean(run.test), half]
-        rows.append([method, *(f"{x:.3f}" for x in numbers), *cells([run])])
-    print_table(header, rows)
-    save_rows(s.out / "few_shot_features.csv", header, rows)
-    draw(runs, s, data.name)
-    print(f"{time.perf_counter() - start:.0f} s")
+    for seed in s.seeds:
+        for method in s.methods:
+            factors = {"method": method, "seed": seed}
+            factors |= {k: getattr(s, k) for k in ("backbone", "channels", "start", *SIZES)}
+            if not log.has(factors):
+                run = train(data, method, seed, s)
+                every = max(1, s.outer_steps // 20)
+                parts = [(i, run.losses[i : i + every]) for i in range(0, len(run.losses), every)]
+                curve = [{"step": i, "outer_loss": mean(part)} for i, part in parts]
+                log.add(factors, row(run, s), curve)
+    print(f"\n{s.test_tasks} test tasks a run")
+    log.show(("method",), COLUMNS)
+    draw(s, log, data.name)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ import matplotlib.pyplot as plt
 import torch
 import tyro
 from _shared.data import Source, load_train_test
-from _shared.estimators import METHODS, Method, Run, direct_term, make_estimator
+from _shared.estimators import METHODS, Method, Run, direct_term, make_estimator, zeroth_order
 from _shared.features import Data, Problem, classification, regression
 from _shared.output import save_figure
 from _shared.runlog import RunLog
@@ -44,7 +44,8 @@ from tqdm import tqdm
 
 from hyperopt_torch import BilevelOptimizer
 
-SMOOTHING = 0.01  # μ of PZOBO
+SMOOTHING = 0.01  # μ of PZOBO and HOZOG
+Way = Method | Literal["hozog"]
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,9 @@ class Settings:
 
     task: Literal["shallow", "deep", "digits"] = "shallow"
     """Which problem."""
-    methods: tuple[Method, ...] = METHODS
-    """Ways to the hypergradient; "fixed-point" is a Neumann series, a term for each inner step."""
+    methods: tuple[Way, ...] = METHODS
+    """Ways to the hypergradient; "fixed-point" is a Neumann series, a term for each inner step;
+    "hozog", for full batches, takes differences of the outer objective, and no gradient of it."""
     data: Source = "digits"
     """Images of the task "digits"; the set of that name needs no download."""
     data_root: Path | None = None
@@ -122,7 +124,7 @@ def make_problem(s: Settings, draws: torch.Generator) -> Problem:
     return regression(False, p=s.p, d=2 * s.p, n=500 * s.p // 64)
 
 
-def train(method: Method, seed: int, s: Settings) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def train(method: Way, seed: int, s: Settings) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """One run: what it came to, and its curve."""
     size = s.size
     torch.manual_seed(seed)
@@ -136,7 +138,7 @@ def train(method: Method, seed: int, s: Settings) -> tuple[dict[str, Any], list[
         torch.optim.Adam(outer, lr=size.outer_lr),
         estimator=make_estimator(method, size.inner_steps, size.inner_lr, SMOOTHING, s.directions),
     )
-    run, products = Run(), 0
+    run = Run()
 
     def batch(data: Data) -> Data:
         chosen = torch.randint(len(data[1]), (size.batch,), generator=draws) if size.batch else ...
@@ -153,6 +155,11 @@ def train(method: Method, seed: int, s: Settings) -> tuple[dict[str, Any], list[
         for _ in range(size.inner_steps):
             optimizer.inner_step(partial(train_loss, *batch(problem.train)))
 
+    def fitted_loss() -> Tensor:
+        fit_head()
+        x, y = batch(problem.val)
+        return problem.loss(head(body(x)), y)
+
     every = max(1, size.outer_steps // 20)
     bar = tqdm(range(size.outer_steps), f"{s.task}, {method}", leave=False)
     for step in bar:
@@ -160,14 +167,18 @@ def train(method: Method, seed: int, s: Settings) -> tuple[dict[str, Any], list[
         factor = [1.0, *(f for at, f in size.drops if step >= at)][-1]
         optimizer.outer.param_groups[0]["lr"] = size.outer_lr * factor
         # More bilevel lines: inner steps of the head, then one step of the body.
-        fit_head()
-        x, y = batch(problem.val)
-        val_loss = problem.loss(head(body(x)), y)
-        direct = direct_term(val_loss, outer) if step % every == 0 else None  # for the table
-        run.losses.append(optimizer.outer_step(val_loss).item())
+        if method == "hozog":
+            run.losses.append(zeroth_order(fitted_loss, outer, SMOOTHING, s.directions).item())
+            optimizer.outer.step()
+            run.gradients += s.directions * size.inner_steps
+        else:
+            val_loss = fitted_loss()
+            direct = direct_term(val_loss, outer) if step % every == 0 else None  # for the table
+            run.losses.append(optimizer.outer_step(val_loss).item())
+            run.count(optimizer.report)
+            if direct:
+                run.look(outer, direct)
         run.seconds += time.process_time() - start
-        run.look(optimizer.report, outer, direct)
-        products += run.products
         bar.set_postfix_str(f"outer loss {run.losses[-1]:.4g}")
     fit_head()
     x, y = problem.test
@@ -177,9 +188,9 @@ def train(method: Method, seed: int, s: Settings) -> tuple[dict[str, Any], list[
         "outer_loss_start": run.losses[0],
         "outer_loss": run.late_loss if size.batch else run.losses[-1],
         "test": test,
-        "second_over_direct": median(run.ratios),
-        "products": products,
-        "gradients": run.gradients * size.outer_steps,
+        "second_over_direct": median(run.ratios) if run.ratios else "",
+        "products": run.products,
+        "gradients": run.gradients,
         "cpu_s": run.seconds,
     }
     parts = range(0, size.outer_steps, every)
@@ -203,6 +214,8 @@ def main(s: Settings) -> None:
     torch.set_num_threads(s.threads)
     if s.paper and s.task == "digits" == s.data:
         raise SystemExit("--paper --task digits needs --data mnist (or fashion) and --data-root.")
+    if "hozog" in s.methods and s.size.batch:
+        raise SystemExit("hozog needs full batches: --task shallow or deep.")
     log = RunLog(s.out, f"features_{s.task}", s.resume)
     sizes = {
         "shallow": {"p": s.p},

@@ -23,10 +23,8 @@ import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 import tyro
-from _shared.fewshot import FewShotSource, Task, load_few_shot
+from _shared.fewshot import FewShotSource, Task, load_few_shot, network
 from _shared.output import print_table, save_figure, save_rows
-from imaml import Settings as Network
-from imaml import network
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -119,7 +117,7 @@ def compare(s: Settings) -> list[list[str | float]]:
                 for steps in s.inner_steps]  # fmt: skip
     for seed, shots, lam, steps in tqdm(settings):
         torch.manual_seed(seed)
-        prior = network(Network(channels=s.channels), data.width)
+        prior = network(5, s.channels, data.width)
         g = torch.Generator().manual_seed(seed)
         tasks = [data.train.task(5, shots, s.queries, g) for _ in range(s.tasks)]
         exact = [gradient(prior, task, lam, steps, s.inner_lr, Unrolled())[0] for task in tasks]

@@ -24,10 +24,7 @@ SMALL = {
     ],
     "few_shot_heads": ["--steps", "5", "5", "--test-tasks", "50", "--channels", "8"],
     "hyper_representation": ["--outer-steps", "3"],
-    "imaml": [
-        *("--steps", "2", "--meta-batch", "2", "--test-tasks", "4", "--val-tasks", "2"),
-        *("--channels", "8"),
-    ],
+    "imaml": ["--steps", "2", "--tasks", "2", "--test-tasks", "4", "--channels", "8"],
     "imaml_at_prior": [
         *("--inner-steps", "5", "--lams", "2", "--tasks", "1", "--channels", "8"),
     ],
@@ -126,6 +123,82 @@ def test_heads_are_solved(shots, monkeypatch):
 
     head = fit_head(shown, 5, penalty)
     assert slope(head).norm() < 1e-4 * slope(torch.zeros_like(head)).norm()
+
+
+def test_imaml_solves_each_task(monkeypatch):
+    """imaml.py: linearised networks under vmap give what the optimizer's Gauss-Newton gives."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import imaml
+    from _shared.fewshot import load_few_shot
+
+    from hyperopt_torch import BilevelOptimizer, ConjugateGradient, GaussNewton
+
+    s = imaml.Settings(channels=4, tasks=2, inner_steps=2, lam=2.0)
+    data = load_few_shot("digits")
+    task = data.train.tasks(2, s.ways, 1, s.queries, torch.Generator().manual_seed(0))
+    monkeypatch.setitem(
+        imaml.SOLVERS, "cg", (lambda rho: ConjugateGradient(30, tol=0.0, damping=rho), 30)
+    )
+    each = imaml.Learner("cg", 0, data.width, s)
+    found = each.gradients(task)
+
+    whole = imaml.Learner("default", 0, data.width, s)
+    whole.bilevel = BilevelOptimizer(
+        whole.bilevel.inner,
+        whole.bilevel.outer,
+        ihvp=ConjugateGradient(30, tol=1e-7),
+        curvature=GaussNewton(),
+    )
+    a, b = (torch.cat([g.flatten() for g in parts]) for parts in (found, whole.gradients(task)))
+    assert (a - b).norm() < 1e-3 * b.norm()
+
+    identity = imaml.Learner("identity", 0, data.width, s)
+    first = imaml.Learner("first-order", 0, data.width, s)
+    first.lam = s.lam  # the same fitted networks
+    for a, b in zip(identity.gradients(task), first.gradients(task), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)  # x = b / λ is MAML of first order
+
+
+def test_imaml_counts_its_products(monkeypatch):
+    """imaml.py: under vmap there is no report, so the table has them from SOLVERS."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import imaml
+    from _shared.fewshot import load_few_shot
+
+    from hyperopt_torch import functional
+
+    operators = []
+
+    class Counted(functional._PullbackOperator):
+        def __init__(self, *args):
+            super().__init__(*args)
+            operators.append(self)
+
+    monkeypatch.setattr(functional, "_PullbackOperator", Counted)
+    s = imaml.Settings(channels=4, tasks=2, inner_steps=1)
+    data = load_few_shot("digits")
+    task = data.train.tasks(2, s.ways, 1, s.queries, torch.Generator().manual_seed(0))
+    for name, (_, products) in imaml.SOLVERS.items():
+        operators.clear()
+        imaml.Learner(name, 0, data.width, s).gradients(task)
+        assert [operator.matvecs for operator in operators] == [products], name
+
+
+def test_zeroth_order_is_the_slope_along_u(monkeypatch):
+    """HOZOG in hyper_representation.py, on F with a known gradient."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    from _shared.estimators import zeroth_order
+
+    torch.manual_seed(0)
+    phi = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    before, slope = phi.detach().clone(), 2 * phi.detach()
+    random = torch.get_rng_state()
+    loss = zeroth_order(lambda: phi.square().sum(), [phi], 1e-6, 1)
+    torch.set_rng_state(random)
+    u = torch.randn_like(phi)
+    assert torch.equal(phi.detach(), before)
+    assert loss == before.square().sum()
+    assert torch.allclose(phi.grad, (slope @ u) * u, atol=1e-4)
 
 
 @pytest.mark.slow

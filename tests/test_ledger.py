@@ -87,6 +87,13 @@ def test_pages_are_written_and_then_agree(docs, monkeypatch):
         ledger.main()
 
 
+def test_commands_are_told_and_curves_have_none(docs, monkeypatch, capsys):
+    (docs / "results" / "cleaning_curves.csv").write_text("method,step,loss\nplain,0,1.0\n")
+    monkeypatch.setattr("sys.argv", ["ledger", "--commands"])
+    ledger.main()
+    assert capsys.readouterr().out == "cleaning: python examples/cleaning.py\n"
+
+
 def test_blocks_name_a_file_that_has_them(docs):
     page = docs / "page.md"
     (docs / "results" / "run.txt").write_text("a 1\nb 2\nc 3\n")
@@ -104,13 +111,6 @@ def test_a_number_is_found_in_an_output(docs):
     assert ledger.number(spec) == "b: 2.5"
     with pytest.raises(SystemExit, match="has no"):
         ledger.number(spec | {"find": "c (.)"})
-
-
-def test_commands_are_printed_where_curves_lie_beside_the_runs(docs, monkeypatch, capsys):
-    (docs / "results" / "cleaning_curves.csv").write_text("step\n1\n")
-    monkeypatch.setattr("sys.argv", ["ledger", "--commands"])
-    ledger.main()
-    assert capsys.readouterr().out == "cleaning: python examples/cleaning.py\n"
 
 
 def test_an_unknown_row_is_said(docs):

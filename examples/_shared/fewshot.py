@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .data import load_images
 
@@ -19,7 +19,10 @@ _TEST_DIGITS = (3, 4, 7)
 
 @dataclass(frozen=True)
 class Task:
-    """Images (n, 1, width, width) in [0, 1] and their class numbers 0 ... ways - 1."""
+    """Images (n, 1, width, width) in [0, 1] and their class numbers 0 ... ways - 1.
+
+    Of a batch of tasks, each with one more dimension in front.
+    """
 
     support_x: Tensor
     support_y: Tensor
@@ -47,6 +50,14 @@ class ClassPool:
             y.repeat_interleave(queries),
         )  # fmt: skip
 
+    def tasks(
+        self, number: int, ways: int, shots: int, queries: int, generator: torch.Generator
+    ) -> Task:
+        """So many draws of ``task``, as a batch."""
+        drawn = [self.task(ways, shots, queries, generator) for _ in range(number)]
+        parts = zip(*((t.support_x, t.support_y, t.query_x, t.query_y) for t in drawn), strict=True)
+        return Task(*(torch.stack(part) for part in parts))
+
 
 @dataclass(frozen=True)
 class FewShot:
@@ -70,6 +81,36 @@ class FewShot:
                     f"shots + queries = {images}: a {part} class of {self.name} has only "
                     f"{smallest} images."
                 )
+
+
+def network(
+    ways: int, channels: int, width: int, *, strided: bool = False, norm: str = "batch"
+) -> nn.Sequential:
+    """Four convolutions and a linear head, for images (n, 1, width, width).
+
+    Args:
+        strided: convolutions of stride two, which cost a quarter; otherwise pooling after each.
+        norm: "batch", statistics over the images shown together, or "group", over the channels of
+            each.
+    """
+    layers: list[nn.Module] = []
+    inputs = 1
+    for _ in range(4):
+        stride = 2 if strided and width > 1 else 1
+        layers.append(nn.Conv2d(inputs, channels, 3, stride=stride, padding=1))
+        layers.append(
+            nn.BatchNorm2d(channels, track_running_stats=False)
+            if norm == "batch"
+            else nn.GroupNorm(4, channels)
+        )
+        layers.append(nn.ReLU())
+        if strided:
+            width = (width + 1) // 2
+        elif width > 1:
+            layers.append(nn.MaxPool2d(2))
+            width //= 2
+        inputs = channels
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * width**2, ways))
 
 
 def load_few_shot(source: FewShotSource, root: Path | None = None) -> FewShot:

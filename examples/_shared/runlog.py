@@ -86,6 +86,24 @@ class RunLog:
         axis.set_yticks(range(len(names)), names)
         axis.invert_yaxis()
 
+    def panels(self, columns: Sequence[str], factor: str, title: str) -> None:
+        """A point a run over the methods, a panel for each value of ``factor``; ``<name>.png``."""
+        values = list(dict.fromkeys(run[factor] for run in self.runs))
+        size = (6 * len(values), 3.8)
+        figure, axes = plt.subplots(1, len(values), figsize=size, squeeze=False, sharey=True)
+        for axis, value in zip(axes[0], values, strict=True):
+            runs = self.select(**{factor: value})
+            for column, mark in zip(columns, "o^sv", strict=False):
+                points = [float(run[column]) for run in runs]
+                label = column.replace("_", " ")
+                axis.plot([run["method"] for run in runs], points, mark, alpha=0.8, label=label)
+            axis.set_title(f"{title}, {factor}: {value}", fontsize=10)
+            axis.tick_params("x", rotation=40)
+            axis.grid(alpha=0.3)
+        axes[0][0].legend(frameon=False, fontsize=8)
+        figure.tight_layout()
+        save_figure(figure, self.paths[0].with_suffix(".png"))
+
     def show(self, by: Sequence[str], columns: dict[str, tuple[str, str]], **where: Any) -> None:
         """Prints mean ± 95% interval for each group of seeds; columns: title -> column, format."""
         groups: dict[tuple[str, ...], list[Row]] = {}
