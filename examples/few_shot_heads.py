@@ -49,7 +49,7 @@ from hyperopt_torch.functional import hypergradient
 
 Method = Literal["implicit", "identity", "direct", "prototypes", "classifier", "random"]
 EPISODIC = ("implicit", "identity", "direct", "prototypes")  # trained on tasks of so many shots
-PRODUCTS = {"implicit": 11, "identity": 1}  # of one hypergradient, the closing one included
+PRODUCTS = {"implicit": 10, "identity": 1}  # of one hypergradient, Jᵀx included
 PENALTIES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)  # tried for the heads of the test tasks
 
 
@@ -146,7 +146,7 @@ def train(
     adam = torch.optim.Adam(modules.parameters(), lr=s.lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
     through: dict[str, Gradient] = {
-        "implicit": through_heads(ConjugateGradient(PRODUCTS["implicit"] - 1, tol=0.0), s),
+        "implicit": through_heads(ConjugateGradient(PRODUCTS["implicit"], tol=0.0), s),
         "identity": through_heads(Identity(), s),
         "direct": through_heads(None, s),
         "prototypes": through_prototypes(s),
