@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data"
 
 SMALL = {
+    "architecture_weights": ["--steps", "60"],
     "augmentation": ["--steps", "110"],
     "cg_defects": ["--seeds", "0", "--outer-steps", "1"],
     "data_reweighting": [
