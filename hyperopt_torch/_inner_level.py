@@ -255,7 +255,7 @@ class InnerLevel:
     def _after_step(self, optimizer: Optimizer) -> None:
         self._stepping = None
         self._close_numbers()
-        if self._pending:  # a closure that the trainer gave it was called inside of the step
+        if self._pending or (self._waiting and self._unseen):  # the step was given a closure
             if isinstance(self._estimator, TrajectoryEstimator):
                 raise RuntimeError(
                     f"{self._estimator!r} needs the parameters as they were before the step, but "

@@ -627,6 +627,36 @@ def test_accumulation_that_ends_inside_of_the_step_is_one_observation(inside):
         assert w.phi.grad is None
 
 
+def test_a_tensor_is_no_old_closure_where_a_wrapper_gives_the_step_one():
+    """As Lightning's manual optimization does: what is on record is gone with the new step."""
+
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.optimizer = optimizer
+
+        def __getattr__(self, name: str):
+            return getattr(self.__dict__["optimizer"], name)
+
+        def step(self, closure=None):
+            return self.optimizer.step(closure or (lambda: None))
+
+        def zero_grad(self, set_to_none: bool = True) -> None:
+            self.optimizer.zero_grad(set_to_none)
+
+    w, ihvp = World("tanh"), Steps()
+    inner = Wrapper(torch.optim.SGD(w.inner, lr=LR))
+    bo = BilevelOptimizer(inner, torch.optim.SGD([w.phi], lr=0.1), ihvp)
+
+    def train() -> Tensor:
+        return w.phi.exp() * (w.model(w.x[0]).reshape(-1) - w.y[0]).square().mean()
+
+    bo.inner_step(train)
+    bo.inner_step(train())
+    assert len(ihvp.seen) == 2
+    with pytest.raises(RuntimeError, match="no training loss to differentiate"):
+        bo.outer_step(w.model(w.x[1]).square().mean())
+
+
 def test_a_line_search_of_the_trainer_shows_its_first_evaluation():
     w, ihvp = World("tanh"), Steps()
     inner = torch.optim.LBFGS(w.inner, lr=LR, max_iter=4)
